@@ -1,0 +1,64 @@
+# Everything here works from a fresh clone with nothing but Python (3.10 or later; 3.11 is what CI runs) and make.
+# What is installed goes into .venv; stamps in it make a second call instant.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# An index to take torch from, before PyPI's, e.g. https://download.pytorch.org/whl/cpu (no CUDA: much smaller).
+TORCH_INDEX ?=
+
+# make demo: the length of a new run, and by how much to lengthen a complete one (e.g. 500K).
+TOKENS ?=
+MORE ?=
+
+# make test: what to run, e.g. TESTS=tests/data_pipeline
+TESTS ?= tests
+
+.PHONY: help install demo test clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo              install, build corpora from this machine, train a small JetMoE on two processes, report"
+	@echo "make demo MORE=500K    go on with the complete run of the demo for so many more tokens"
+	@echo "make test              install what the tests need and run them (TESTS=tests/parallel for some of them)"
+	@echo "make install           only install, into .venv (then: . .venv/bin/activate; moe-train --help)"
+	@echo "make clean             remove what the demo built (build/demo) and its run (runs/demo), and caches"
+	@echo "make distclean         the same and .venv"
+	@echo "TORCH_INDEX=URL        with any of them: the package index to prefer for torch, as the one without CUDA"
+
+install: .venv/.installed
+
+demo: .venv/.installed
+	$(BIN)/python -m moe_train.demo $(if $(TOKENS),--tokens $(TOKENS)) $(if $(MORE),--more $(MORE))
+
+# One thread a process: the tests start several processes on the cores there are.
+test: .venv/.installed-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+# torch comes first and on its own: the version that constraints.txt pins has a build for CPUs, while a newer one, which
+# an unconstrained requirement of another package could pick, drags in gigabytes of CUDA.
+.venv/.torch: constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3.11 and no python3 found: install Python 3.11"; exit 2; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "$(PYTHON) is older than 3.10"; exit 2; }
+	@echo "creating .venv with $(PYTHON) and installing torch (some minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(PIP) install torch -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+# `export` brings transformers and safetensors: after this every verb works.
+.venv/.installed: .venv/.torch setup.py constraints.txt
+	@echo "installing moe-train and what it needs"
+	$(PIP) install -e ".[export]" -c constraints.txt
+	@touch $@
+
+.venv/.installed-tests: .venv/.installed
+	@echo "installing what the tests need"
+	$(PIP) install -e ".[export,test]" -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf build/demo runs/demo .pytest_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv
