@@ -1,0 +1,1 @@
+"""Sharded checkpoints: save, load, verify, keep. Importing the package imports nothing."""
