@@ -118,11 +118,11 @@ class _Problem:
         if self.global_batch_size % sequences:
             product = f"micro_batch_size {self.micro_batch_size} x data {self.data} = {sequences}"
             return "batch", f"training.global_batch_size {self.global_batch_size} is not a multiple of {product}"
-        micro_batches = self.global_batch_size // sequences
-        if self.virtual > 1 and micro_batches % self.pipeline:
+        per_rank = self.global_batch_size // sequences
+        if self.virtual > 1 and per_rank % self.pipeline:
             return "batch", (
-                f"training.global_batch_size {self.global_batch_size} gives each data rank {micro_batches} micro-batches, which"
-                f" the interleaved schedule needs in multiples of parallel.pipeline {self.pipeline}"
+                f"training.global_batch_size {self.global_batch_size} gives each data rank {per_rank} micro-batch(es), and the"
+                f" interleaved schedule needs a multiple of parallel.pipeline {self.pipeline}"
             )
         return None
 
@@ -194,10 +194,13 @@ def _remedy(problem: _Problem, what: str) -> str:
         if candidate.violation() is None:
             return f"the nearest that would do: {_difference(problem, candidate)}"
     candidates = [layout for layout in _all_layouts(problem) if layout.violation() is None]
-    if not candidates:
-        return f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
-    nearest = min(candidates, key=lambda layout: _distance(problem, layout))
-    return f"the nearest that would do: {_difference(problem, nearest)}"
+    if candidates:
+        nearest = min(candidates, key=lambda layout: _distance(problem, layout))
+        return f"the nearest that would do: {_difference(problem, nearest)}"
+    for candidate in _single_changes(problem, "world"):
+        if candidate.violation() is None:
+            return f"the nearest that would do: {_difference(problem, candidate)}"
+    return f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
 
 
 def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:

@@ -5,9 +5,9 @@ The parts nest (`attention`, `mlp`, `router`), so that another kind of attention
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class ModelPart(BaseModel):
@@ -16,9 +16,15 @@ class ModelPart(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _check_top_k(top_k: int, num_experts: int) -> None:
-    if top_k > num_experts:
-        raise ValueError(f"top_k {top_k} is more than num_experts {num_experts}; the nearest that would do: {num_experts}")
+def _check_top_k(top_k: int, info: ValidationInfo) -> int:
+    experts = info.data.get("num_experts", top_k)  # absent when it was itself refused
+    if top_k > experts:
+        raise ValueError(f"top_k {top_k} is more than num_experts {experts}; the nearest that would do: {experts}")
+    return top_k
+
+
+TopK = Annotated[int, Field(ge=1, validate_default=True), AfterValidator(_check_top_k)]
+"""Experts that each token uses, from 1 to `num_experts`, which stands before it."""
 
 
 class AttentionConfig(ModelPart):
@@ -29,7 +35,7 @@ class AttentionConfig(ModelPart):
     head_dim: int = Field(128, ge=2)
     """Channels of one head (d); even, because rotary embeddings turn pairs of them."""
     num_experts: int = Field(8, ge=1)
-    top_k: int = Field(2, ge=1)
+    top_k: TopK = 2
     """Experts that each token uses; the model has top_k * num_kv_heads query heads."""
 
     @property
@@ -37,13 +43,12 @@ class AttentionConfig(ModelPart):
         """D = n * d, the width of one expert's query; it need not equal the hidden size."""
         return self.num_kv_heads * self.head_dim
 
-    @model_validator(mode="after")
-    def _check(self) -> AttentionConfig:
-        if self.head_dim % 2:
-            near = self.head_dim + 1
-            raise ValueError(f"head_dim {self.head_dim} is odd, rotary embeddings turn pairs; the nearest that would do: {near}")
-        _check_top_k(self.top_k, self.num_experts)
-        return self
+    @field_validator("head_dim")
+    @classmethod
+    def _check_head_dim(cls, head_dim: int) -> int:
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} is odd, and rotary embeddings turn pairs; the nearest that would do: {head_dim + 1}")
+        return head_dim
 
 
 class MLPConfig(ModelPart):
@@ -52,13 +57,8 @@ class MLPConfig(ModelPart):
     ffn_hidden_size: int = Field(5632, ge=1)
     """Width of one expert (F); gate and up are [F, H] each."""
     num_experts: int = Field(8, ge=1)
-    top_k: int = Field(2, ge=1)
+    top_k: TopK = 2
     activation: Literal["silu", "gelu", "relu"] = "silu"
-
-    @model_validator(mode="after")
-    def _check(self) -> MLPConfig:
-        _check_top_k(self.top_k, self.num_experts)
-        return self
 
 
 class RouterConfig(ModelPart):

@@ -1,0 +1,153 @@
+"""The schema of a run file, and `load_run`, which reads one. Needs neither torch nor megatron-core.
+
+    config = load_run("configs/run/demo.yaml", ["training.max_steps=100"])
+    config.model.num_layers, config.mixture.sequence_length, config.layout(world_size=2)
+
+`configs/run/demo.yaml` is the reference: it has every key with a comment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from data_pipeline.yaml_marks import Document, validate
+from moe_train.checkpoint.config import CheckpointConfig
+from moe_train.config_file import load_document, load_part
+from moe_train.model.config import ModelConfig
+from moe_train.training.config import (
+    FaultsConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    Section,
+    TrainingConfig,
+)
+from moe_train.units import Duration, Interval, Seconds
+from parallel.layout import Layout, ParallelConfig, resolve_layout
+
+if TYPE_CHECKING:
+    from data_pipeline.mixture import MixtureConfig
+
+
+class ValidationConfig(Section):
+    """Loss on held-out windows, by source."""
+
+    interval: Interval = Duration(steps=1000)
+    samples: int = Field(64, ge=1)
+    """Held-out sequences of each source."""
+
+
+class DataConfig(Section):
+    """What is fed."""
+
+    mixture: str = Field(min_length=1)
+    """The mixture file (sources, phases, weights), or the name of a preset."""
+    validation: ValidationConfig | None = ValidationConfig()
+    """null: no validation."""
+
+
+class LaunchConfig(Section):
+    """Where the run is started; read by the launchers, not by the run."""
+
+    cluster: str | None = None
+    nodes: int = Field(1, ge=1)
+    time: Seconds | None = None
+
+
+class RunConfig(Section):
+    """A run file with its sections. Paths are absolute once loaded."""
+
+    output_dir: str = Field(min_length=1)
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @cached_property
+    def mixture(self) -> MixtureConfig:
+        """The mixture file, loaded and checked."""
+        from data_pipeline.mixture import load_mixture
+
+        return load_mixture(self.data.mixture)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all phases of the mixture: what the schedule spans, whatever `training.max_steps` says."""
+        return sum(phase.tokens for phase in self.mixture.phases)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one full global batch."""
+        return self.training.global_batch_size * self.mixture.sequence_length
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of `world_size` ranks. Raises LayoutError, one line, when something does not divide."""
+        warmup = self.training.batch_size_warmup
+        sizes = [self.training.global_batch_size, *([warmup.start] if warmup else [])]
+        layouts = [
+            resolve_layout(
+                self.parallel,
+                world_size,
+                num_layers=self.model.num_layers,
+                num_kv_heads=self.model.attention.num_kv_heads,
+                attention_experts=self.model.attention.num_experts,
+                mlp_experts=self.model.mlp.num_experts,
+                micro_batch_size=self.training.micro_batch_size,
+                global_batch_size=size,
+            )
+            for size in sizes
+        ]
+        return layouts[0]
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML; loading it gives an equal one."""
+        import yaml
+
+        data = self.model_dump(mode="json", by_alias=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True) -> RunConfig:
+    """The run file at `path`, or the preset of that name, with `overrides` (``a.b=c``) applied.
+
+    `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier start, whose
+    files may be gone.
+
+    Raises an error with ``exit_code`` 2, one line that names file and line (or the override), key and remedy.
+    """
+    document = load_document(path, overrides)
+    config = validate(RunConfig, document)
+    if with_mixture:
+        config = config.model_copy(update={"schedule": config.schedule.resolved(config.total_tokens)})
+        _check_lengths(config, document)
+    return config
+
+
+def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ModelConfig:
+    """A model file, or the preset of that name (``jetmoe_8b``), with `overrides` of its keys (``num_layers=2``)."""
+    return validate(ModelConfig, load_part(path, "model", overrides))
+
+
+def _check_lengths(config: RunConfig, document: Document) -> None:
+    """What only the model, the mixture and the schedule together can tell."""
+    longest, length = config.model.max_sequence_length, config.mixture.sequence_length
+    if length > longest:
+        reason = f"{longest} is less than the mixture's sequence_length {length} ({config.data.mixture}); make it {length} or more"
+        raise document.error(("model", "max_sequence_length"), reason)
+    schedule, total = config.schedule, config.total_tokens
+    warmup = schedule.warmup.in_tokens(config.tokens_per_step)
+    decay = schedule.decay.in_tokens(config.tokens_per_step) if schedule.kind == "wsd" else 0
+    if warmup + decay > total:
+        parts = f"warmup {warmup} + decay {decay} tokens" if decay else f"warmup of {warmup} tokens"
+        raise document.error(("schedule",), f"{parts} are more than the mixture's {total}; shorten them")
