@@ -118,7 +118,9 @@ class RunConfig(Section):
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 
-def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True) -> RunConfig:
+def load_run(
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True
+) -> RunConfig:
     """The run file at `path`, or the preset of that name, with `overrides` (``a.b=c``) applied.
 
     `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier start, whose

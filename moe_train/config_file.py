@@ -11,10 +11,30 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from data_pipeline.yaml_marks import Document, KeyPath, Mark, YamlError, dotted, parse_yaml, read_yaml, suggestion
+from data_pipeline.yaml_marks import (
+    Document,
+    KeyPath,
+    Mark,
+    YamlError,
+    dotted,
+    parse_yaml,
+    read_yaml,
+    suggestion,
+)
 from moe_train.errors import UserError
 
-SECTIONS = ("model", "data", "parallel", "training", "optimizer", "schedule", "checkpoint", "faults", "logging", "launch")
+SECTIONS = (
+    "model",
+    "data",
+    "parallel",
+    "training",
+    "optimizer",
+    "schedule",
+    "checkpoint",
+    "faults",
+    "logging",
+    "launch",
+)
 """Top-level keys that hold a mapping, or the path of a YAML file with that mapping."""
 
 FILE_KEYS: dict[KeyPath, str] = {("data", "mixture"): "data", ("launch", "cluster"): "cluster"}
@@ -65,7 +85,9 @@ class _Assembler:
         self.folders: dict[str, Path] = {self.file: path.resolve().parent}
         self.document = read_yaml(self.file)
         if not isinstance(self.document.data, dict):
-            raise YamlError(f"{self.file}:1: is not a run file; it should be a mapping with the keys output_dir, model and data")
+            raise YamlError(
+                f"{self.file}:1: is not a run file; it should be a mapping with the keys output_dir, model and data"
+            )
 
     def override(self, text: str) -> None:
         keys, value = parse_override(text)
@@ -152,7 +174,9 @@ def find_config(named: str | os.PathLike[str], kind: str, folder: Path) -> Path:
                 return candidate
     if path.is_dir():
         raise UserError(f"{os.fspath(named)} is a folder; name the YAML file in it")
-    raise UserError(f"there is no file {_shown(path)}; {suggestion(wanted.stem, preset_names(kind), f'presets of {kind}')}")
+    raise UserError(
+        f"there is no file {_shown(path)}; {suggestion(wanted.stem, preset_names(kind), f'presets of {kind}')}"
+    )
 
 
 def presets_folder() -> Path:

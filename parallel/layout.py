@@ -84,11 +84,17 @@ class _Problem:
     def violation(self) -> tuple[str, str] | None:
         """The first rule that does not hold: (what to change, the reason)."""
         if self.tensor > self.num_kv_heads or self.num_kv_heads % self.tensor:
-            return "tensor", f"parallel.tensor {self.tensor} does not divide the {self.num_kv_heads} kv heads of the attention"
+            return (
+                "tensor",
+                f"parallel.tensor {self.tensor} does not divide the {self.num_kv_heads} kv heads of the attention",
+            )
         if self.virtual > 1 and self.pipeline == 1:
             return "virtual", f"parallel.virtual_pipeline {self.virtual} needs parallel.pipeline of 2 or more"
         if self.num_layers % self.pipeline:
-            return "pipeline", f"parallel.pipeline {self.pipeline} does not divide the {self.num_layers} layers"
+            return (
+                "pipeline",
+                f"parallel.pipeline {self.pipeline} does not divide the {self.num_layers} layers",
+            )
         if self.num_layers % (self.pipeline * self.virtual):
             chunks = self.pipeline * self.virtual
             return "virtual", (
@@ -103,21 +109,30 @@ class _Problem:
 
     def _violation_of_experts(self) -> tuple[str, str] | None:
         if self.mlp_experts % self.expert:
-            return "expert", f"parallel.expert {self.expert} does not divide the {self.mlp_experts} MLP experts"
+            return (
+                "expert",
+                f"parallel.expert {self.expert} does not divide the {self.mlp_experts} MLP experts",
+            )
         if not self.replicated and self.attention_experts % self.expert:
             reason = f"parallel.expert {self.expert} does not divide the {self.attention_experts} attention experts"
             return "expert", f"{reason} (parallel.attention_experts: replicated keeps them whole)"
         ranks = self.tensor * self.data
         if ranks % self.expert:
             product = f"tensor {self.tensor} x data {self.data} = {ranks}"
-            return "expert", f"parallel.expert {self.expert} does not divide {product} ({self.world} processes)"
+            return (
+                "expert",
+                f"parallel.expert {self.expert} does not divide {product} ({self.world} processes)",
+            )
         return None
 
     def _violation_of_batch(self) -> tuple[str, str] | None:
         sequences = self.micro_batch_size * self.data
         if self.global_batch_size % sequences:
             product = f"micro_batch_size {self.micro_batch_size} x data {self.data} = {sequences}"
-            return "batch", f"training.global_batch_size {self.global_batch_size} is not a multiple of {product}"
+            return (
+                "batch",
+                f"training.global_batch_size {self.global_batch_size} is not a multiple of {product}",
+            )
         per_rank = self.global_batch_size // sequences
         if self.virtual > 1 and per_rank % self.pipeline:
             return "batch", (
@@ -200,7 +215,9 @@ def _remedy(problem: _Problem, what: str) -> str:
     for candidate in _single_changes(problem, "world"):
         if candidate.violation() is None:
             return f"the nearest that would do: {_difference(problem, candidate)}"
-    return f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
+    return (
+        f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
+    )
 
 
 def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:
@@ -208,7 +225,9 @@ def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:
     if what == "world":
         ranks = problem.tensor * problem.pipeline
         below = problem.world // ranks
-        for world in sorted((ranks * n for n in range(1, below + problem.expert + 2)), key=lambda n: abs(n - problem.world)):
+        for world in sorted(
+            (ranks * n for n in range(1, below + problem.expert + 2)), key=lambda n: abs(n - problem.world)
+        ):
             yield replace(problem, world=world)
     elif what == "batch":
         unit = problem.micro_batch_size * problem.data * (problem.pipeline if problem.virtual > 1 else 1)
@@ -242,7 +261,11 @@ def _distance(problem: _Problem, candidate: _Problem) -> tuple[float, tuple[int,
 
 
 def _difference(problem: _Problem, candidate: _Problem) -> str:
-    changes = [f"{key}: {getattr(candidate, name)}" for name, key in _KEYS.items() if getattr(problem, name) != getattr(candidate, name)]
+    changes = [
+        f"{key}: {getattr(candidate, name)}"
+        for name, key in _KEYS.items()
+        if getattr(problem, name) != getattr(candidate, name)
+    ]
     if candidate.world != problem.world:
         changes.append(f"{candidate.world} processes" if candidate.world > 1 else "1 process")
     if candidate.global_batch_size != problem.global_batch_size:

@@ -19,7 +19,9 @@ class ModelPart(BaseModel):
 def _check_top_k(top_k: int, info: ValidationInfo) -> int:
     experts = info.data.get("num_experts", top_k)  # absent when it was itself refused
     if top_k > experts:
-        raise ValueError(f"top_k {top_k} is more than num_experts {experts}; the nearest that would do: {experts}")
+        raise ValueError(
+            f"top_k {top_k} is more than num_experts {experts}; the nearest that would do: {experts}"
+        )
     return top_k
 
 
@@ -47,7 +49,9 @@ class AttentionConfig(ModelPart):
     @classmethod
     def _check_head_dim(cls, head_dim: int) -> int:
         if head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} is odd, and rotary embeddings turn pairs; the nearest that would do: {head_dim + 1}")
+            raise ValueError(
+                f"head_dim {head_dim} is odd, and rotary embeddings turn pairs; the nearest that would do: {head_dim + 1}"
+            )
         return head_dim
 
 
@@ -113,4 +117,3 @@ class ModelConfig(ModelPart):
         from moe_train.model.flops import flops_per_token
 
         return flops_per_token(self, sequence_length)
-

@@ -81,5 +81,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     experts = mlp.top_k * 3 * hidden * mlp.ffn_hidden_size
     routers = (attention.num_experts + mlp.num_experts) * hidden
     scores = attention.top_k * width * sequence_length  # q.k and p.v, each half of [S, S]
-    forward = 2 * (config.num_layers * (projections + experts + routers + scores) + config.vocab_size * hidden)
+    forward = 2 * (
+        config.num_layers * (projections + experts + routers + scores) + config.vocab_size * hidden
+    )
     return 3.0 * forward

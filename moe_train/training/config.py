@@ -60,12 +60,16 @@ class TrainingConfig(Section):
         micro = info.data.get("micro_batch_size", whole)  # absent when it was itself refused
         if whole % micro:
             near = max(micro, (whole + micro // 2) // micro * micro)
-            raise ValueError(f"{whole} is not a multiple of micro_batch_size {micro}; the nearest that would do: {near}")
+            raise ValueError(
+                f"{whole} is not a multiple of micro_batch_size {micro}; the nearest that would do: {near}"
+            )
         return whole
 
     @field_validator("batch_size_warmup")
     @classmethod
-    def _check_batch_size_warmup(cls, warmup: BatchSizeWarmup | None, info: ValidationInfo) -> BatchSizeWarmup | None:
+    def _check_batch_size_warmup(
+        cls, warmup: BatchSizeWarmup | None, info: ValidationInfo
+    ) -> BatchSizeWarmup | None:
         micro, whole = info.data.get("micro_batch_size"), info.data.get("global_batch_size")
         if warmup and micro and whole and (whole % warmup.start or warmup.start % micro):
             raise ValueError(
@@ -77,7 +81,11 @@ class TrainingConfig(Section):
     def batch_size(self, tokens_seen: int) -> int:
         """Sequences of the next optimizer step, after `tokens_seen` tokens."""
         warmup = self.batch_size_warmup
-        return self.global_batch_size if warmup is None else warmup.batch_size(tokens_seen, self.global_batch_size)
+        return (
+            self.global_batch_size
+            if warmup is None
+            else warmup.batch_size(tokens_seen, self.global_batch_size)
+        )
 
 
 def _nearest_start(start: int, micro: int, whole: int) -> int:
@@ -103,7 +111,9 @@ class OptimizerConfig(Section):
         """YAML has no tuples: a list of two numbers is meant."""
         if isinstance(value, list | tuple):
             if len(value) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value):
-                raise ValueError(f"betas are two numbers, 0 <= beta < 1, such as [0.9, 0.95]; got {list(value)}")
+                raise ValueError(
+                    f"betas are two numbers, 0 <= beta < 1, such as [0.9, 0.95]; got {list(value)}"
+                )
             return tuple(float(beta) for beta in value)
         return value
 

@@ -1,0 +1,374 @@
+"""`moe-train`: one verb for each thing a user does. No logic here: a verb imports one function and calls it.
+
+Exit status: 0 success; 1 a bug (with a traceback); 2 a user's mistake (one line); 3 stopped after saving; 4 damaged data or
+checkpoint; 5 hardware, a lost rank or a hang; 6 stopped by policy. An exception says which by its `exit_code`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, List, Optional, Tuple
+
+import typer
+
+from moe_train import __version__
+from moe_train.errors import UserError
+
+OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
+
+
+def _app(text: str) -> typer.Typer:
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _app(
+    """Pretrain JetMoE-class mixture-of-experts models.
+
+    \b
+    moe-train pretrain configs/run/demo.yaml --nproc 2      train, or go on with an interrupted run
+    moe-train mix configs/data/demo.yaml                    what the mixture feeds, before paying for it
+    moe-train generate runs/demo --prompt "def main("       try what came out
+    """
+)
+tokenizer_app = _app("Make a tokenizer.")
+checkpoint_app = _app("List, verify and convert checkpoints.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Nproc = Annotated[
+    Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")
+]
+Overrides = Annotated[
+    Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), or what convert wrote."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        typer.echo(f"moe-train {__version__}")
+        raise typer.Exit()
+
+
+@app.command(context_settings=OVERRIDES)
+def pretrain(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")
+    ],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="Go on with the run in output_dir; refuse to; or go on from a checkpoint.",
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show config, mixture and layout; start nothing.")
+    ] = False,
+) -> Optional[int]:
+    """Train a model, or go on with a run that was interrupted.
+
+    \b
+    moe-train pretrain configs/run/demo.yaml --nproc 2
+    moe-train pretrain run.yaml --nproc 2 optimizer.lr=1e-3 training.max_steps=100
+    moe-train pretrain run.yaml --nproc 8 --dry-run
+    """
+    from moe_train.config import load_run
+
+    config = load_run(run, _checked(overrides))
+    if dry_run:
+        from moe_train.dry_run import dry_run as show
+
+        return show(config, nproc)
+    from moe_train.training.run import pretrain as train
+
+    return train(config, nproc, resume)
+
+
+@app.command(context_settings=OVERRIDES)
+def branch(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_DIR@STEP", help="A run's folder and the step of one of its checkpoints."),
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(
+            metavar="NEW.yaml", help="The run file of the new run, with an output_dir of its own."
+        ),
+    ],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+) -> Optional[int]:
+    """Start a new run from a checkpoint of another.
+
+    Optimizer and data position are kept: a decay from any stable checkpoint.
+
+    \b
+    moe-train branch runs/demo@200 decay.yaml --nproc 2
+    """
+    from moe_train.training.branch import branch as start
+
+    return start(source, new, overrides=_checked(overrides), nproc=nproc)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[List[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files.")],
+    out: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="A sentencepiece model.")],
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that tokenise.")] = 1,
+    text_key: Annotated[
+        str, typer.Option(metavar="KEY", help="The field of a .jsonl line that holds the text.")
+    ] = "text",
+    holdout: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.5, metavar="PART", help="Part of the documents kept for validation."),
+    ] = 0.0,
+) -> Optional[int]:
+    """Tokenise raw text into a corpus that training reads.
+
+    \b
+    moe-train prepare text/*.jsonl --out corpora/web --tokenizer tokenizer.model --workers 8 --holdout 0.01
+    """
+    from data_pipeline.prepare import prepare as write
+
+    return _status(write(inputs, out, tokenizer, workers=workers, text_key=text_key, holdout=holdout))
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[List[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files.")],
+    out: Annotated[str, typer.Option(metavar="MODEL", help="The file to write, such as tokenizer.model.")],
+    vocab_size: Annotated[int, typer.Option(min=1, metavar="N", help="Entries of the vocabulary.")] = 32000,
+    text_key: Annotated[
+        str, typer.Option(metavar="KEY", help="The field of a .jsonl line that holds the text.")
+    ] = "text",
+) -> Optional[int]:
+    """Train a sentencepiece model on text.
+
+    \b
+    moe-train tokenizer train text/*.jsonl --out tokenizer.model --vocab-size 32000
+    """
+    from data_pipeline.tokenizer import train_tokenizer
+
+    return _status(train_tokenizer(inputs, out, vocab_size=vocab_size, text_key=text_key))
+
+
+@app.command()
+def mix(
+    path: Annotated[
+        str, typer.Argument(metavar="RUN_OR_DATA.yaml", help="A run file, a mixture file, or a run's folder.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="What the run has consumed so far.")] = False,
+    against: Annotated[
+        Optional[str], typer.Option(metavar="OTHER.yaml", help="Compare with another mixture.")
+    ] = None,
+) -> Optional[int]:
+    """Show what will be fed: tokens, shares and epochs.
+
+    \b
+    moe-train mix configs/data/demo.yaml
+    moe-train mix runs/demo --history
+    moe-train mix old.yaml --against new.yaml
+    """
+    from moe_train.mix import mix as show
+
+    return show(path, as_json=as_json, history=history, against=against)
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(
+    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
+) -> Optional[int]:
+    """List the checkpoints of a run.
+
+    \b
+    moe-train checkpoint list runs/demo
+    """
+    from moe_train.checkpoint.inspect import list_checkpoints
+
+    return _status(list_checkpoints(run))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(checkpoint: Checkpoint) -> Optional[int]:
+    """Check every file of a checkpoint by its manifest.
+
+    Ends with status 4 when one is damaged.
+
+    \b
+    moe-train checkpoint verify runs/demo/checkpoints/iter_0000100
+    """
+    from moe_train.checkpoint.inspect import verify
+
+    return _status(verify(checkpoint))
+
+
+@checkpoint_app.command("convert")
+def checkpoint_convert(
+    from_hf: Annotated[
+        Optional[Tuple[str, str]],
+        typer.Option("--from-hf", metavar="DIR OUT", help="Read a Hugging Face folder."),
+    ] = None,
+    to_hf: Annotated[
+        Optional[Tuple[str, str]],
+        typer.Option("--to-hf", metavar="CHECKPOINT DIR", help="Write a Hugging Face folder."),
+    ] = None,
+) -> Optional[int]:
+    """Convert a JetMoE from or to Hugging Face's format, bit for bit.
+
+    \b
+    moe-train checkpoint convert --from-hf jetmoe-8b converted
+    moe-train checkpoint convert --to-hf runs/demo exported
+    """
+    if (from_hf is None) == (to_hf is None):
+        raise UserError("give either --from-hf DIR OUT or --to-hf CHECKPOINT DIR")
+    from moe_train.convert import huggingface
+
+    return _status(huggingface.from_hf(*from_hf) if from_hf else huggingface.to_hf(*to_hf))  # type: ignore[misc]
+
+
+@app.command(context_settings=OVERRIDES)
+def score(
+    checkpoint: Checkpoint,
+    ids: Annotated[str, typer.Option(metavar="IDS.npy", help="Token ids, whole numbers [batch, sequence].")],
+    out: Annotated[
+        str, typer.Option(metavar="NLL.npz", help="Writes the array nll, float32 [batch, sequence - 1].")
+    ],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+) -> Optional[int]:
+    """Write the negative log-likelihood of each token.
+
+    In nats, of every token after the first of each row.
+
+    \b
+    moe-train score runs/demo --ids ids.npy --out nll.npz
+    moe-train score runs/demo --ids ids.npy --out nll.npz --nproc 2 parallel.tensor=2
+    """
+    from moe_train.inference.score import score as run
+
+    return _status(run(checkpoint, ids, out, nproc, _checked(overrides)))
+
+
+@app.command(context_settings=OVERRIDES)
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
+    overrides: Overrides = None,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")
+    ] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Sample from the likeliest tokens that make up this probability.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same text.")] = 0,
+    nproc: Nproc = None,
+) -> Optional[int]:
+    """Sample a continuation of a text.
+
+    \b
+    moe-train generate runs/demo --prompt "def main(" --max-tokens 64 --temperature 0.8 --top-p 0.95
+    """
+    from moe_train.inference.generate import generate as run
+
+    return _status(
+        run(
+            checkpoint,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            nproc=nproc,
+            overrides=_checked(overrides),
+        )
+    )
+
+
+def _checked(overrides: list[str] | None) -> list[str]:
+    """Overrides in the form a.b=c; what looks like a mistyped option is told as one."""
+    for text in overrides or []:
+        if text.startswith("-") and "=" not in text and "." not in text:
+            raise _no_such_option(text)
+        if text.startswith("--") and "=" not in text:
+            raise UserError(f"{text} has no value; write {text}=VALUE, without a space")
+        if text.startswith("--") and "." not in text.partition("=")[0] and "-" in text[2:].partition("=")[0]:
+            raise _no_such_option(text.partition("=")[0])
+    return list(overrides or [])
+
+
+def _no_such_option(text: str) -> UserError:
+    from data_pipeline.yaml_marks import suggestion
+
+    return UserError(
+        f"there is no option {text}; {suggestion(text, ['--nproc', '--resume', '--dry-run', '--help'], 'options')}"
+    )
+
+
+def _status(result: object) -> int | None:
+    """A function's result as exit status: an int is one, anything else (a report, a path) is success."""
+    return result if isinstance(result, int) and not isinstance(result, bool) else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        return app(args=arguments, prog_name="moe-train", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    if type(error).__name__ == "Abort":  # Ctrl-C, as typer tells it
+        return 130
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())  # type: ignore[attr-defined]
+        return 0
+    code = getattr(error, "exit_code", None)
+    if not isinstance(code, int):
+        traceback.print_exc()
+        print(
+            "error: this is a bug in moe-train, not in what you asked for; please report the lines above",
+            file=sys.stderr,
+        )
+        return 1
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    print(f"error: {' '.join(message.splitlines())}{hint}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
