@@ -1,0 +1,51 @@
+"""From a model config and a topology to this rank's part of the model."""
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from moe_train.model.config import ModelConfig
+from moe_train.model.jetmoe import JetMoE, ModelOptions
+from parallel.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def engine_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+    """What megatron-core's layers, dispatcher, schedules and data parallelism need to know.
+
+    Only the engine reads it; the network itself is built from ``config``. Weights are initialised by us, so megatron-core
+    is told not to.
+    """
+    layout = topology.layout
+    virtual = topology.virtual_stages > 1
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.attention.num_kv_heads * config.attention.top_k,
+        kv_channels=config.attention.head_dim,
+        num_moe_experts=config.mlp.num_experts,
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=topology.virtual_stages if virtual else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        variable_seq_lengths=False,
+        # With two pipeline ranks previous and next are the same peer and batched messages of virtual stages would cross.
+        overlap_p2p_comm=virtual,
+        batch_p2p_comm=not virtual,
+    )
+
+
+def build_model(config: ModelConfig, topology: Topology, options: ModelOptions) -> list[JetMoE]:
+    """The chunks of the model on this rank: one, or as many as there are virtual pipeline stages."""
+    engine = engine_config(config, topology, options.dtype)
+    return [JetMoE(config, engine, topology, options, stage) for stage in range(topology.virtual_stages)]

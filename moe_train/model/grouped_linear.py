@@ -1,0 +1,98 @@
+"""One linear layer for each expert, applied to rows sorted by expert: the matrix products of MoE and of MoA alike.
+
+Three ways to compute the same thing. :func:`grouped_linear_reference` is the definition, a plain loop that autograd
+differentiates. On a CPU the loop writes into one output and accumulates weight gradients in place. On a GPU torch's
+grouped matrix product does all experts in one kernel.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from moe_train.model.gradients import add_to_main_grad, has_main_grad
+from moe_train.model.parameters import expert_parallel, new_parameter, sequence_parallel
+from parallel.topology import Topology
+
+
+class GroupedLinear(torch.nn.Module):
+    """``y[rows of e] = x[rows of e] @ weight[e].T`` for the experts of this rank.
+
+    Args:
+        name: global name of the layer; its weight is ``name.weight``, globally ``[num_experts, out, in]``.
+        sharded: whether the experts are split over the expert-parallel ranks, or whole on every rank.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        topology: Topology,
+        dtype: torch.dtype,
+        sharded: bool = True,
+    ):
+        super().__init__()
+        ranks = topology.layout.expert if sharded else 1
+        local = num_experts // ranks
+        first = topology.expert_rank * local if sharded else 0
+        weight = new_parameter(
+            f"{name}.weight",
+            (num_experts, out_features, in_features),
+            offset=(first, 0, 0),
+            shape=(local, out_features, in_features),
+            replica=0 if sharded else topology.tensor_rank,
+            dtype=dtype,
+            device=topology.device,
+        )
+        # Whole experts on every rank are dense parameters that each tensor rank applies to its part of the sequence.
+        self.weight = expert_parallel(weight) if sharded else sequence_parallel(weight)
+
+    def forward(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """``[rows, in]`` sorted by expert, ``counts[e]`` rows each, to ``[rows, out]``."""
+        if x.is_cuda:
+            return _grouped_mm(x, self.weight, counts)
+        return _GroupedLinear.apply(x, self.weight, counts)
+
+
+def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The definition: ``[rows, in]``, ``[E, out, in]`` and the rows of each expert to ``[rows, out]``."""
+    return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight.unbind())])
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """torch's grouped matrix product. It leaves rows beyond the last offset uninitialised; there are none here."""
+    offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, counts):
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        out = x.new_empty(len(x), weight.shape[1])
+        for rows, result, w in zip(x.split(counts), out.split(counts), weight.unbind()):
+            torch.mm(rows, w.t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for rows, result, w in zip(grad.split(ctx.counts), grad_x.split(ctx.counts), weight.unbind()):
+                torch.mm(rows, w, out=result)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        pairs = list(zip(grad.split(ctx.counts), x.split(ctx.counts)))
+        if has_main_grad(weight):
+            for into, (rows, inputs) in zip(weight.main_grad.unbind(), pairs):
+                if len(rows):
+                    add_to_main_grad(into, rows.t(), inputs)
+            return grad_x, None, None
+        grad_weight = torch.empty_like(weight)
+        for into, (rows, inputs) in zip(grad_weight.unbind(), pairs):
+            torch.mm(rows.t(), inputs, out=into)  # an expert without rows gets zeros
+        return grad_x, grad_weight, None

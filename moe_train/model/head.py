@@ -1,0 +1,97 @@
+"""The language-model head and its loss, without the logits of a whole micro-batch in memory.
+
+The loss of :class:`VocabularyHead` is computed chunk by chunk of tokens: logits, softmax statistics (reduced over the
+tensor ranks that share the vocabulary), and at once the gradients of input and weight, so that neither logits nor probabilities are
+kept. Rows of padding in the vocabulary take no part.
+"""
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, gather_from_tensor_model_parallel_region
+
+from moe_train.model.gradients import has_main_grad
+from parallel.topology import Topology
+
+LOGITS_PER_CHUNK = 1 << 22
+
+
+class VocabularyHead:
+    """Turns final hidden states into losses or logits with a vocabulary-parallel weight ``[V_padded / TP, H]``."""
+
+    def __init__(self, weight: torch.nn.Parameter, vocab_size: int, topology: Topology):
+        self.weight, self.vocab_size, self.topology = weight, vocab_size, topology
+        self.first = topology.tensor_rank * len(weight)
+        self.valid = max(0, min(len(weight), vocab_size - self.first))
+
+    def loss(self, x_sbh: torch.Tensor, labels_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[s, B, H]`` and labels ``[B, S]`` to the mean loss (nats per token) and each token's, ``[B, S]`` detached."""
+        x_nh, shape = self._whole_sequence(x_sbh)
+        length = labels_bs.shape[1]
+        x_nh = x_nh[: length * shape[1]]  # positions of padding come last
+        loss, nll = _LinearCrossEntropy.apply(x_nh, self.weight, labels_bs.t().reshape(-1), self)
+        return loss, nll.view(length, -1).t()
+
+    def logits(self, x_sbh: torch.Tensor, length: int) -> torch.Tensor:
+        """``[s, B, H]`` to fp32 logits ``[B, length, V]`` on every tensor rank."""
+        x_nh, shape = self._whole_sequence(x_sbh)
+        logits = gather_from_tensor_model_parallel_region(x_nh @ self.weight.t())
+        return logits[:, : self.vocab_size].float().view(*shape, -1)[:length].transpose(0, 1)
+
+    def _whole_sequence(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, torch.Size]:
+        if self.topology.layout.tensor > 1:
+            x_sbh = gather_from_sequence_parallel_region(x_sbh, tensor_parallel_output_grad=True)
+        return x_sbh.flatten(0, 1), x_sbh.shape[:2]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_nh, weight, labels_n, head):
+        count = len(labels_n)
+        nll = torch.empty(count, dtype=torch.float32, device=x_nh.device)
+        with_grad = ctx.needs_input_grad[0]
+        grad_x = torch.empty_like(x_nh) if with_grad else None
+        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x_nh.device) if with_grad else None
+        valid_weight = weight[: head.valid]
+        chunk = max(64, LOGITS_PER_CHUNK // len(weight))
+        for begin in range(0, count, chunk):
+            part = slice(begin, min(begin + chunk, count))
+            x, labels = x_nh[part], labels_n[part] - head.first
+            logits = (x @ valid_weight.t()).float()
+            nll[part], probability, ours = _softmax_statistics(logits, labels, head)
+            if with_grad:
+                rows = torch.arange(len(x), device=x.device)[ours]
+                probability[rows, labels[ours]] -= 1.0
+                grad_logits = probability.div_(count).to(x.dtype)
+                torch.mm(grad_logits, valid_weight, out=grad_x[part])
+                if x.dtype == grad_w.dtype:
+                    grad_w[: head.valid].addmm_(grad_logits.t(), x)
+                else:
+                    grad_w[: head.valid] += grad_logits.t() @ x
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w, weight)
+        ctx.mark_non_differentiable(nll)
+        return nll.mean(), nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_x, grad_w, weight = ctx.saved_tensors
+        grad_x.mul_(grad_loss)
+        if has_main_grad(weight):
+            weight.main_grad.addcmul_(grad_w, grad_loss)
+            return grad_x, None, None, None
+        return grad_x, grad_w.mul_(grad_loss).to(weight.dtype), None, None
+
+
+def _softmax_statistics(logits: torch.Tensor, labels: torch.Tensor, head: VocabularyHead):
+    """Negative log-likelihoods ``[n]``, this rank's probabilities ``[n, V / TP]`` (in place) and which labels are on this rank."""
+    ours = (labels >= 0) & (labels < head.valid)
+    empty = logits.shape[1] == 0  # a rank may hold nothing but padding
+    top = logits.new_full((len(logits),), -torch.inf) if empty else logits.amax(dim=1)
+    top = head.topology.max_over_tensor_ranks(top)
+    logits.sub_(top[:, None])
+    target = logits.new_zeros(len(logits))
+    target[ours] = logits[ours.nonzero()[:, 0], labels[ours]]
+    probability = logits.exp_()
+    sums = head.topology.sum_over_tensor_ranks(torch.stack([probability.sum(dim=1), target]))
+    total, target = sums
+    return total.log() - target, probability.div_(total[:, None]), ours

@@ -1,0 +1,184 @@
+"""JetMoE (arXiv 2404.07413): the network, or the chunk of it that one pipeline stage holds."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+
+from moe_train.model.attention import LayerCache, MixtureOfAttention
+from moe_train.model.config import ModelConfig
+from moe_train.model.head import VocabularyHead
+from moe_train.model.mlp import MixtureOfMLP
+from moe_train.model.norm import LAYER_NORM_EPS, RMSNorm
+from moe_train.model.parameters import initialize, new_parameter
+from moe_train.model.rope import rotary_table
+from moe_train.model.router import Tokens
+from parallel.placement import Placement, place
+from parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is built, apart from what it computes.
+
+    ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLP experts; ``full``,
+    each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts too.
+    """
+
+    dtype: torch.dtype = torch.float32
+    seed: int = 1234
+    recompute: str = "none"
+    sharded_attention: bool = True
+
+
+class Layer(torch.nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, index: int, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
+        super().__init__()
+        name, dtype = f"layers.{index}", options.dtype
+        self.index = index
+        self.attention_norm = RMSNorm(f"{name}.attention_norm", config.hidden_size, LAYER_NORM_EPS, topology, dtype)
+        self.attention = MixtureOfAttention(
+            f"{name}.attention", config, engine, topology, dtype, options.sharded_attention
+        )
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, LAYER_NORM_EPS, topology, dtype)
+        self.mlp = MixtureOfMLP(f"{name}.mlp", config, engine, topology, dtype, options.recompute == "selective")
+
+    def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
+        x_sbh = x_sbh + self.attention(self.attention_norm(x_sbh), tokens, rotary, cache)
+        return x_sbh + self.mlp(self.mlp_norm(x_sbh), tokens)
+
+
+class JetMoE(MegatronModule):
+    """One stage of the network.
+
+    Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else fp32 logits
+    ``[B, S, V]``; on an earlier stage hidden states ``[S / TP, B, H]`` for the next. Stages after the first take
+    their input through :meth:`set_input_tensor`, as megatron-core's schedules hand it over, but still need the ids
+    for their shape. Any S will do: under sequence parallelism it is padded to a multiple of the tensor ranks inside.
+    """
+
+    def __init__(self, config: ModelConfig, engine, topology: Topology, options: ModelOptions, virtual_stage: int = 0):
+        super().__init__(engine)
+        self.model_config, self.topology, self.options = config, topology, options
+        self.vp_stage = virtual_stage if topology.virtual_stages > 1 else None
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = topology.is_first_stage(virtual_stage)
+        self.post_process = topology.is_last_stage(virtual_stage)
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.input_tensor = None
+        if self.pre_process:
+            self.embedding = self._embedding(engine)
+        self.layers = torch.nn.ModuleList(
+            Layer(index, config, engine, topology, options)
+            for index in topology.stage_layers(config.num_layers, virtual_stage)
+        )
+        if self.post_process:
+            self.final_norm = RMSNorm("final_norm", config.hidden_size, config.norm_eps, topology, options.dtype)
+            self.head = VocabularyHead(self._head_weight(), config.vocab_size, topology)
+        if topology.device.type != "meta":
+            for parameter in self.parameters():
+                initialize(parameter, seed=options.seed, std=config.init_std)
+
+    # ---- what megatron-core's schedules and gradient reduction ask of a model
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Take the previous stage's output (a list of one tensor, as the schedules send it)."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
+        """The weight whose gradients first and last stage add up, where embedding and head are tied."""
+        if self.pre_process:
+            return self.embedding.weight
+        return self.head_weight if self.post_process else None
+
+    # ---- the forward pass
+
+    def forward(
+        self,
+        ids_bs: torch.Tensor,
+        labels_bs: torch.Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+        first_position: int = 0,
+    ):
+        length = ids_bs.shape[1]
+        tensor_ranks = self.topology.layout.tensor
+        padded = -(-length // tensor_ranks) * tensor_ranks
+        tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks)
+        if self.pre_process:
+            x_sbh = self.embedding(F.pad(ids_bs, (0, padded - length)))
+            x_sbh = x_sbh if tensor_ranks > 1 else x_sbh.transpose(0, 1).contiguous()
+        else:
+            x_sbh = self.input_tensor
+        attention = self.model_config.attention
+        positions = torch.arange(first_position, first_position + padded, device=x_sbh.device)
+        rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
+        for number, layer in enumerate(self.layers):
+            if self.options.recompute == "full" and torch.is_grad_enabled():
+                x_sbh = tensor_parallel.checkpoint(lambda x, layer=layer: layer(x, tokens, rotary), False, x_sbh)
+            else:
+                x_sbh = layer(x_sbh, tokens, rotary, caches[number] if caches else None)
+        if not self.post_process:
+            return x_sbh
+        x_sbh = self.final_norm(x_sbh)
+        return self.head.logits(x_sbh, length) if labels_bs is None else self.head.loss(x_sbh, labels_bs)
+
+    # ---- vocabulary-parallel parameters
+
+    def _vocabulary(self) -> dict:
+        """The part of the vocabulary on this tensor rank, padded so that every rank has as many rows."""
+        vocab, ranks = self.model_config.vocab_size, self.topology.layout.tensor
+        rows = -(-vocab // ranks)
+        first = min(self.topology.tensor_rank * rows, vocab)
+        hidden = self.model_config.hidden_size
+        return {
+            "global_shape": (vocab, hidden),
+            "offset": (first, 0),
+            "shape": (min(rows, vocab - first), hidden),
+            "local_shape": (rows, hidden),
+        }
+
+    def _embedding(self, engine) -> VocabParallelEmbedding:
+        part = self._vocabulary()
+        ranks = self.topology.layout.tensor
+        embedding = VocabParallelEmbedding(
+            part["local_shape"][0] * ranks,
+            self.model_config.hidden_size,
+            init_method=None,
+            reduce_scatter_embeddings=ranks > 1,
+            config=engine,
+            tp_group=self.topology.groups.tp,
+        )
+        place(embedding.weight, Placement("embedding.weight", **part))
+        embedding.weight.tensor_model_parallel = True
+        self._mark_shared(embedding.weight)
+        return embedding
+
+    def _head_weight(self) -> torch.nn.Parameter:
+        """The head's weight: the embedding itself where both are on this stage and tied, else a parameter of its own."""
+        tied = self.model_config.tie_embeddings
+        if tied and self.pre_process:
+            return self.embedding.weight
+        self.head_weight = new_parameter(
+            "embedding.weight" if tied else "head.weight",
+            **self._vocabulary(),
+            replica=int(tied),
+            dtype=self.options.dtype,
+            device=self.topology.device,
+        )
+        self.head_weight.tensor_model_parallel = True
+        if tied:
+            self.head_weight.shared = True  # the first stage's copy is the one counted in the gradient norm
+        self._mark_shared(self.head_weight)
+        return self.head_weight
+
+    def _mark_shared(self, weight: torch.nn.Parameter) -> None:
+        """A tied weight on two stages gets a bucket of its own, so that both stages split its optimizer state alike."""
+        if self.model_config.tie_embeddings and self.topology.layout.pipeline > 1:
+            weight.shared_embedding = True

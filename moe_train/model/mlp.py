@@ -1,0 +1,82 @@
+"""Mixture of gated MLP experts (JetMoE eq. 3, 4): ``sum_s gate_s * down(act(gate x) * up x) + bias``, dropless."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+
+from moe_train.model.config import ModelConfig
+from moe_train.model.grouped_linear import GroupedLinear
+from moe_train.model.parameters import new_parameter, sequence_parallel
+from moe_train.model.router import Router, Tokens
+from parallel.dispatch import ExpertDispatcher
+from parallel.topology import Topology
+
+
+class MixtureOfMLP(torch.nn.Module):
+    """``[s, B, H] -> [s, B, H]``, s the part of the sequence on this tensor rank.
+
+    With ``recompute_experts`` nothing between the two trips is kept for the backward: the widest activations of the
+    model are computed again from the dispatched rows, without another exchange.
+    """
+
+    def __init__(
+        self, name: str, config: ModelConfig, engine, topology: Topology, dtype: torch.dtype, recompute_experts: bool = False
+    ):
+        super().__init__()
+        mlp, hidden = config.mlp, config.hidden_size
+        self.recompute_experts = recompute_experts
+        self.activation = mlp.activation
+        self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router, topology, dtype)
+        self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology)
+        self.gate_up = GroupedLinear(f"{name}.gate_up", mlp.num_experts, hidden, 2 * mlp.ffn_hidden_size, topology, dtype)
+        self.down = GroupedLinear(f"{name}.down", mlp.num_experts, mlp.ffn_hidden_size, hidden, topology, dtype)
+        self.bias = sequence_parallel(
+            new_parameter(f"{name}.bias", (hidden,), replica=topology.tensor_rank, dtype=dtype, device=topology.device)
+        )
+
+    def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        x_th = x_sbh.flatten(0, 1)
+        gates_tk, experts_tk = self.router(x_th, tokens)
+        plan = self.dispatcher.plan(experts_tk)
+        rows = plan.dispatch_tokens(x_th)
+
+        def experts(rows: torch.Tensor) -> torch.Tensor:
+            return self.down(gated_activation(self.gate_up(rows, plan.counts), self.activation), plan.counts)
+
+        if self.recompute_experts and torch.is_grad_enabled():
+            answers = tensor_parallel.checkpoint(experts, False, rows)
+        else:
+            answers = experts(rows)
+        return (plan.collect_weighted(answers, gates_tk) + self.bias).view_as(x_sbh)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """``act(gate) * up`` for ``gate_up = [gate | up]``, ``[T, 2F] -> [T, F]``."""
+    if activation == "silu":
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps the input alone and writes both halves of its gradient into one tensor."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return result

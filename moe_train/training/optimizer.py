@@ -1,0 +1,167 @@
+"""AdamW over megatron-core's data parallelism and distributed optimizer.
+
+Gradients are reduced and optimizer states sharded over the data-parallel ranks (experts: over the expert-data-parallel ranks), in
+fp32, also where the model is bf16. Matrices decay, norms and biases do not.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from moe_train.model.gradients import accumulate_in_place
+from moe_train.model.jetmoe import JetMoE
+from moe_train.training.config import OptimizerConfig
+
+
+def wrap_data_parallel(chunks: list[JetMoE], overlap: bool) -> list[DistributedDataParallel]:
+    """Give each chunk a gradient buffer and its reduction; ``overlap`` runs the reduction beside the backward (GPUs)."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=False,
+        bucket_size=40_000_000 if overlap else None,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0 or not overlap)
+        for index, chunk in enumerate(chunks)
+    ]
+    engine = chunks[0].config
+    engine.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        engine.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    else:
+        for chunk in chunks:
+            accumulate_in_place(chunk)
+    return wrapped
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What one rank's optimizer keeps for a flat range of one parameter.
+
+    ``start`` is where the range begins in the flattened local parameter; ``main`` is the fp32 copy that is updated (the
+    parameter's own storage where the model is fp32), ``exp_avg`` and ``exp_avg_sq`` the moments; all 1-D, of one length.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    main: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class Optimizer:
+    """The optimizer of this rank: gradient norm, clipping, update, and access to its sharded state.
+
+    Args:
+        chunks: the wrapped chunks of the model.
+        config: learning rate, betas, weight decay, clipping.
+        bf16: whether the model's parameters are bf16 (fp32 main parameters are kept then).
+    """
+
+    def __init__(self, chunks: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool):
+        self.clip_grad = config.clip_grad
+        self._chunks = chunks
+        no_decay = ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1))
+        self._chain = get_megatron_optimizer(
+            EngineOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=0.0,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=True,
+            ),
+            chunks,
+            config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},
+            use_gloo_process_groups=False,
+        )
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                group["weight_decay"] = config.weight_decay * group["wd_mult"]
+                if isinstance(part.optimizer, torch.optim.AdamW):
+                    group["fused"] = True
+
+    @property
+    def _parts(self) -> list[DistributedOptimizer]:
+        """One optimizer for the dense parameters and one for the experts."""
+        return [part for part in self._chain.chained_optimizers if part.optimizer is not None]
+
+    def zero_grad(self) -> None:
+        """Clear gradients: at the start of every step."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._chain.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Prepare the fp32 gradients of this step and return their norm over all parameters of the model."""
+        self._chain.prepare_grads()
+        return float(self._chain.get_grad_norm())
+
+    def update(self, lr: float, gradient_norm: float) -> None:
+        """Clip to ``clip_grad`` and apply one AdamW update with learning rate ``lr``."""
+        for part in self._parts:
+            if self.clip_grad is not None:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, gradient_norm)
+            for group in part.optimizer.param_groups:
+                group["lr"] = lr
+        self._chain.step_with_ready_grads()
+
+    # ---- state, for checkpoints
+
+    @property
+    def steps_taken(self) -> int:
+        """Updates so far, as AdamW's bias correction counts them."""
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    return int(group["step"])
+                for parameter in group["params"]:
+                    return int(part.optimizer.state[parameter].get("step", 0))
+        return 0
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Set the count of updates, after the state has been filled in from a checkpoint."""
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                if isinstance(part.optimizer, torch.optim.AdamW):
+                    for parameter in group["params"]:
+                        part.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                else:
+                    group["step"] = steps
+
+    def shards(self) -> Iterator[ShardState]:
+        """The state of every flat range that this rank updates, allocated (zero) where no step was taken yet."""
+        for part in self._parts:
+            groups = zip(
+                part.model_float16_groups + part.model_fp32_groups,
+                part.shard_fp32_from_float16_groups + part.shard_fp32_groups,
+            )
+            for parameters, mains in groups:
+                for parameter, main in zip(parameters, mains):
+                    state = part.optimizer.state[main]
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        if moment not in state:
+                            state[moment] = torch.zeros_like(main)
+                    if isinstance(part.optimizer, torch.optim.AdamW) and "step" not in state:
+                        state["step"] = torch.tensor(0.0)
+                    held = part._get_model_param_range_map(parameter)["param"]
+                    yield ShardState(parameter, held.start, main.detach(), state["exp_avg"], state["exp_avg_sq"])
+
+    def reload_main_parameters(self) -> None:
+        """Take the model's weights as they are now: after they were loaded without an optimizer state."""
+        self._chain.reload_model_params()

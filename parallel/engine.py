@@ -1,0 +1,114 @@
+"""Start the engine: megatron-core on torch.distributed, NCCL on GPUs and gloo on CPUs.
+
+Everything that touches a process group, ``megatron.core.parallel_state`` or the device goes through this package. Import this
+module before any other part of megatron-core: it keeps that library's import-time warnings from the user and, where
+there is no CUDA, puts the CPU backend in place.
+"""
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+import warnings
+from datetime import timedelta
+
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", message=r".*`torch.distributed\..*is deprecated")
+warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|nvidia-modelopt|Triton).*")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from parallel.errors import EngineError  # noqa: E402
+from parallel.layout import Layout  # noqa: E402
+from parallel.topology import Topology  # noqa: E402
+
+MEGATRON_VERSION = "0.16.1"
+
+
+def check_megatron() -> None:
+    """Raise :class:`EngineError` unless the pinned megatron-core (and psutil, which it needs and does not declare) is installed."""
+    for package, wanted in (("megatron-core", MEGATRON_VERSION), ("psutil", None)):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise EngineError(f"{package} is not installed: pip install '{package}{'==' + wanted if wanted else ''}'") from None
+        if wanted and found != wanted:
+            raise EngineError(
+                f"megatron-core {found} is installed, this version of the framework is built on {wanted}: "
+                f"pip install 'megatron-core=={wanted}'"
+            )
+
+
+def use_cuda() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available()
+
+
+def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=30)) -> Topology:
+    """Join the other ranks and form the groups of ``layout``.
+
+    The rendezvous is torch's ``env://`` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables the process
+    is a world of one. Seeds every random generator from ``seed`` (no operation of the model draws from them; they are
+    seeded for what users add). With ``deterministic`` torch refuses operations that are not reproducible.
+
+    Raises:
+        EngineError: megatron-core is missing or of another version, or the world has another size than the layout.
+    """
+    check_megatron()
+    from megatron.core import parallel_state
+
+    if use_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    else:
+        from parallel import cpu_backend
+
+        cpu_backend.install()
+    if not dist.is_initialized():
+        _join(timeout)
+    if dist.get_world_size() != layout.world_size:
+        raise EngineError(
+            f"{dist.get_world_size()} ranks were started but the layout is {layout.describe()}: start {layout.world_size} ranks"
+        )
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    virtual = layout.virtual_pipeline if (layout.virtual_pipeline or 1) > 1 else None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
+    )
+    seed_everything(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return Topology.current(layout)
+
+
+def stop() -> None:
+    """Leave the groups. Safe to call when the engine never started."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators, and megatron-core's tracker on GPUs."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if use_cuda():
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+
+
+def _join(timeout: timedelta) -> None:
+    """Initialise torch.distributed from the environment, or alone without it."""
+    backend = "nccl" if use_cuda() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
