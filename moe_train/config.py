@@ -17,7 +17,7 @@ from pydantic import Field
 
 from data_pipeline.yaml_marks import Document, validate
 from moe_train.checkpoint.config import CheckpointConfig
-from moe_train.config_file import load_document, load_part
+from moe_train.config_file import load_document, load_part, shown
 from moe_train.model.config import ModelConfig
 from moe_train.training.config import (
     FaultsConfig,
@@ -79,7 +79,7 @@ class RunConfig(Section):
         """The mixture file, loaded and checked."""
         from data_pipeline.mixture import load_mixture
 
-        return load_mixture(self.data.mixture)
+        return load_mixture(shown(self.data.mixture))
 
     @property
     def total_tokens(self) -> int:
@@ -152,4 +152,5 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
     decay = schedule.decay.in_tokens(config.tokens_per_step) if schedule.kind == "wsd" else 0
     if warmup + decay > total:
         parts = f"warmup {warmup} + decay {decay} tokens" if decay else f"warmup of {warmup} tokens"
-        raise document.error(("schedule",), f"{parts} are more than the mixture's {total}; shorten them")
+        larger = "warmup" if warmup > decay else "decay"
+        raise document.error(("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them")

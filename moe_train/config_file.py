@@ -59,7 +59,7 @@ def load_document(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -
 
 def load_part(path: str | os.PathLike[str], kind: str, overrides: Iterable[str] = ()) -> Document:
     """One section's own file, such as a model's (kind ``model``), with overrides of its keys (``num_layers=2``)."""
-    document = read_yaml(_shown(find_config(path, kind, Path.cwd())))
+    document = read_yaml(shown(find_config(path, kind, Path.cwd())))
     for override in overrides:
         keys, value = parse_override(override)
         document.set(keys, value)
@@ -81,7 +81,7 @@ class _Assembler:
     """A run file on its way to one document; remembers the folder that each file's paths are relative to."""
 
     def __init__(self, path: Path) -> None:
-        self.file = _shown(path)
+        self.file = shown(path)
         self.folders: dict[str, Path] = {self.file: path.resolve().parent}
         self.document = read_yaml(self.file)
         if not isinstance(self.document.data, dict):
@@ -116,10 +116,10 @@ class _Assembler:
             return
         mark = self.document.mark((section,))
         path = self._find(named, section, mark, (section,))
-        self.folders[_shown(path)] = path.parent
-        part = read_yaml(_shown(path))
+        self.folders[shown(path)] = path.parent
+        part = read_yaml(shown(path))
         if not isinstance(part.data, dict):
-            raise YamlError(f"{_shown(path)}:1: is not a mapping of the keys of {section}; see {mark}")
+            raise YamlError(f"{shown(path)}:1: is not a mapping of the keys of {section}; see {mark}")
         self.document.set((section,), part)
 
     def _replace_path(self, keys: KeyPath, kind: str | None) -> None:
@@ -175,7 +175,7 @@ def find_config(named: str | os.PathLike[str], kind: str, folder: Path) -> Path:
     if path.is_dir():
         raise UserError(f"{os.fspath(named)} is a folder; name the YAML file in it")
     raise UserError(
-        f"there is no file {_shown(path)}; {suggestion(wanted.stem, preset_names(kind), f'presets of {kind}')}"
+        f"there is no file {shown(path)}; {suggestion(wanted.stem, preset_names(kind), f'presets of {kind}')}"
     )
 
 
@@ -201,9 +201,9 @@ def _absolute(named: str | os.PathLike[str], folder: Path) -> Path:
     return Path(os.path.normpath(folder / Path(named).expanduser()))
 
 
-def _shown(path: Path) -> str:
+def shown(path: str | os.PathLike[str]) -> str:
     """`path` as errors show it: relative to the working folder where it lies below."""
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
+        return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
