@@ -43,6 +43,14 @@ class YamlError(DataError):
     """A mistake in a YAML file. The message is one line that starts with ``file:line:``."""
 
 
+class PlacedError(ValueError):
+    """Raised in a pydantic validator to point at a key below the one that is being validated: ``PlacedError(("a", 0), "...")``."""
+
+    def __init__(self, path: KeyPath, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 @dataclass(frozen=True)
 class Mark:
     """Where a key stands. `line` counts from 1; 0 means that there is no line (a command-line override)."""
@@ -265,8 +273,9 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     path = _path_in_data(first["loc"], document.data, missing=first["type"] == "missing")
+    path += getattr(first.get("ctx", {}).get("error"), "path", ())
     line = str(document.error(path, _message(first, path, model)))
-    others = len({_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems} - {path})
+    others = len({_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path})
     return f"{line} (and {others} more)" if others else line
 
 

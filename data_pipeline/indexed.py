@@ -1,0 +1,201 @@
+"""Token files in Megatron's format: ``PREFIX.bin`` holds the tokens, ``PREFIX.idx`` where each document begins.
+
+    .idx = magic ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 sequences, u64 entries of the document index,
+           int32 length of each sequence (tokens), int64 byte offset of each, int64 document index (from 0, one more than
+           there are documents)
+
+Files written here open in megatron-core's IndexedDataset, and its own files open here.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import DamagedDataError, DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_HEADER = struct.Struct("<9sQBQQ")
+_LARGEST_DOCUMENT = 2**31 - 1
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 for a vocabulary below 65,536 ids, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65536 else np.int32)
+
+
+def prefix_of(path: str | os.PathLike[str]) -> str:
+    """``x.bin``, ``x.idx`` or ``x`` -> ``x``."""
+    text = os.fspath(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+class IndexedReader:
+    """One shard as a flat stream of tokens. Opening reads a few dozen bytes; the tokens are mapped at the first read.
+
+    Attributes: ``prefix``, ``dtype``, ``num_tokens``, ``num_sequences``, ``num_documents``.
+
+    Raises DataError when a file is missing, DamagedDataError when the two files do not agree.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = prefix_of(prefix)
+        self._tokens: np.ndarray | None = None
+        self._starts: np.ndarray | None = None
+        index, tokens = self.prefix + ".idx", self.prefix + ".bin"
+        try:
+            with open(index, "rb") as file:
+                header = file.read(_HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+                self._read_header(header, index, size)
+                end = self._last_byte(file)
+            bin_size = os.stat(tokens).st_size
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the path") from None
+        if end != bin_size or bin_size % self.dtype.itemsize:
+            raise DamagedDataError(
+                f"{tokens}: holds {bin_size} bytes but its .idx describes {end}; it was cut short or replaced: prepare it again"
+            )
+        self.num_tokens = bin_size // self.dtype.itemsize
+
+    def _read_header(self, header: bytes, index: str, size: int) -> None:
+        if len(header) < _HEADER.size or header[:9] != MAGIC:
+            raise DamagedDataError(f"{index}: is not a Megatron .idx file (wrong first bytes); prepare it again")
+        _, version, code, self.num_sequences, entries = _HEADER.unpack(header)
+        if version != VERSION or code not in DTYPES:
+            raise DamagedDataError(
+                f"{index}: has version {version} and dtype code {code}; known are version 1 and {sorted(DTYPES)}"
+            )
+        self.dtype = np.dtype(DTYPES[code])
+        self.num_documents = max(entries - 1, 0)
+        expected = _HEADER.size + self.num_sequences * 12 + entries * 8
+        # Files with a mode for each sequence (multimodal data) are longer by one byte a sequence.
+        if size not in (expected, expected + self.num_sequences):
+            raise DamagedDataError(f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again")
+
+    def _last_byte(self, file) -> int:
+        """Where the last sequence ends in the .bin file, from two reads of the index."""
+        count = self.num_sequences
+        if not count:
+            return 0
+        file.seek(_HEADER.size + (count - 1) * 4)
+        (length,) = struct.unpack("<i", file.read(4))
+        file.seek(_HEADER.size + count * 4 + (count - 1) * 8)
+        (pointer,) = struct.unpack("<q", file.read(8))
+        return pointer + length * self.dtype.itemsize
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the flat stream, in the file's dtype; a view of the mapped file (read-only)."""
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise IndexError(f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}")
+        if self._tokens is None:
+            if not self.num_tokens:
+                return np.empty(0, self.dtype)
+            self._tokens = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+        return self._tokens[start : start + count]
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """int64[num_documents + 1]: where each document begins in the flat stream, and the end of the last."""
+        if self._starts is None:
+            offset = _HEADER.size + self.num_sequences * 4
+            if not self.num_documents:
+                self._starts = np.zeros(1, np.int64)
+                return self._starts
+            pointers = np.memmap(self.prefix + ".idx", "<i8", "r", offset, (self.num_sequences,))
+            documents = np.memmap(self.prefix + ".idx", "<i8", "r", offset + self.num_sequences * 8, (self.num_documents + 1,))
+            bounds = np.append(np.asarray(pointers), self.num_tokens * self.dtype.itemsize)
+            self._starts = bounds[documents] // self.dtype.itemsize
+        return self._starts
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document."""
+        start, end = self.document_starts[index], self.document_starts[index + 1]
+        return self.tokens(int(start), int(end - start))
+
+    def document_at(self, token: int) -> int:
+        """The number of the document that holds token `token` of the flat stream."""
+        return int(np.searchsorted(self.document_starts, token, side="right")) - 1
+
+
+class IndexedWriter:
+    """Writes a shard document by document. Nothing exists under the final names before `close`.
+
+        with IndexedWriter("corpus", np.uint16) as writer:
+            writer.add(ids)                        # one document, its end-of-document token included
+
+    Leaving the block by an exception removes what was written.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer] = np.uint16) -> None:
+        self.prefix = prefix_of(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in _CODES:
+            raise DataError(f"{self.dtype} cannot be written to a .bin file; use uint16 or int32")
+        self.num_tokens = 0
+        self._lengths = array("i")
+        self._limits = np.iinfo(self.dtype)
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.prefix + ".bin.partial", "wb")
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document. Raises DataError when an id does not fit the dtype: nothing is ever truncated."""
+        self.add_many(ids, [len(ids)])
+
+    def add_many(self, ids: np.ndarray, lengths) -> None:
+        """Append documents that lie one after another in `ids`; `lengths` are their numbers of tokens."""
+        ids = np.asarray(ids)
+        if int(np.sum(lengths)) != len(ids):
+            raise ValueError(f"lengths add up to {int(np.sum(lengths))}, not to {len(ids)}")
+        if len(ids) and (int(ids.min()) < self._limits.min or int(ids.max()) > self._limits.max):
+            raise DataError(f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary")
+        if len(lengths) and max(lengths) > _LARGEST_DOCUMENT:
+            raise DataError(f"a document of {max(lengths)} tokens is longer than the format allows (2^31 - 1); split it")
+        self._file.write(np.ascontiguousarray(ids, self.dtype).tobytes())
+        self._lengths.extend(int(length) for length in lengths)
+        self.num_tokens += len(ids)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    def finish(self) -> tuple[str, str]:
+        """Write the index and flush both files; the names of the two partial files, to be renamed by the caller."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        pointers = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], out=pointers[1:])
+        with open(self.prefix + ".idx.partial", "wb") as index:
+            index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(lengths) + 1))
+            index.write(lengths.astype("<i4").tobytes())
+            index.write((pointers * self.dtype.itemsize).astype("<i8").tobytes())
+            index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            index.flush()
+            os.fsync(index.fileno())
+        return self.prefix + ".bin.partial", self.prefix + ".idx.partial"
+
+    def close(self) -> None:
+        """Finish, and give the files their names. The index comes last: a shard without it is not a shard."""
+        for partial in self.finish():
+            os.replace(partial, partial.removesuffix(".partial"))
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        for end in (".bin.partial", ".idx.partial"):
+            Path(self.prefix + end).unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self.abandon()

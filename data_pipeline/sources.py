@@ -1,0 +1,209 @@
+"""A source: one corpus on disk, any number of shards, read in windows of sequence_length + 1 tokens.
+
+With T tokens in all and sequences of S tokens, every epoch has W = floor((T - 1) / S) windows. Window w of an epoch starts at token
+(shift + w * S) mod T, wrapping at the end, with the shift drawn for each epoch: so epochs cut the text at different places, and every
+window comes once an epoch. The order in which windows come is `data_pipeline.order`; which sample gets which is the ledger's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline import order
+from data_pipeline.errors import DamagedDataError, DataError
+from data_pipeline.indexed import IndexedReader
+from data_pipeline.mixture import MixtureConfig
+
+_SAMPLED_BLOCKS, _BLOCK = 64, 4096
+
+
+def num_windows(num_tokens: int, sequence_length: int) -> int:
+    """W = floor((T - 1) / S)."""
+    return max(0, (num_tokens - 1) // sequence_length)
+
+
+class Source:
+    """The shards of one source as a single circle of tokens.
+
+    Attributes: ``name``, ``num_tokens`` (T), ``num_windows`` (W), ``fingerprint``, ``shards``.
+
+    Args:
+        shards: opened readers, in the order in which the mixture names them.
+        vocab_size: ids of this size and above are refused when a window is read; None checks for negative ids only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[IndexedReader],
+        *,
+        sequence_length: int,
+        seed: int,
+        fingerprint: str,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.name, self.shards, self.fingerprint, self.vocab_size = name, list(shards), fingerprint, vocab_size
+        self.sequence_length = sequence_length
+        self.key = order.source_key(seed, name)
+        self._ends = np.cumsum([shard.num_tokens for shard in self.shards], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1])
+        self.num_windows = num_windows(self.num_tokens, sequence_length)
+        if not self.num_windows:
+            raise DataError(
+                f"source {name!r}: holds {self.num_tokens} tokens, too few for one window of sequence_length "
+                f"{sequence_length} + 1; add text or shorten sequence_length"
+            )
+
+    def window(self, epoch: int, window: int) -> np.ndarray:
+        """int64[S + 1]: a window of an epoch; the last token is the first of the next window, wanted as a target only.
+
+        Raises DataError naming the source and the document when a token id lies outside the vocabulary.
+        """
+        if not 0 <= window < self.num_windows:
+            raise IndexError(f"source {self.name!r} has windows 0..{self.num_windows - 1}, not {window}")
+        shift = int(order.shifts(self.key, epoch, self.sequence_length)[0])
+        return self.read_window((shift + window * self.sequence_length) % self.num_tokens)
+
+    def read_window(self, start: int) -> np.ndarray:
+        """int64[S + 1]: the window that starts at token `start` of the circle, checked against the vocabulary."""
+        tokens = self.read(start, self.sequence_length + 1)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
+            bad = np.flatnonzero((tokens < 0) | (tokens >= (self.vocab_size or np.iinfo(np.int64).max)))[0]
+            shard, offset = self._place((start + int(bad)) % self.num_tokens)
+            raise DataError(
+                f"source {self.name!r}: {shard.prefix}.bin, document {shard.document_at(offset)}, holds token id {tokens[bad]} but "
+                f"the vocabulary has {self.vocab_size} ids; prepare it with the tokenizer of this mixture"
+            )
+        return tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """int64[count]: tokens [start, start + count) of the circle, over the ends of shards and of the source."""
+        pieces = []
+        while count:
+            shard, offset = self._place(start)
+            piece = shard.tokens(offset, min(count, shard.num_tokens - offset))
+            pieces.append(piece)
+            count -= len(piece)
+            start = (start + len(piece)) % self.num_tokens
+        return np.concatenate(pieces, dtype=np.int64, casting="unsafe") if len(pieces) != 1 else pieces[0].astype(np.int64)
+
+    def _place(self, token: int) -> tuple[IndexedReader, int]:
+        number = int(np.searchsorted(self._ends, token, side="right"))
+        return self.shards[number], token - int(self._ends[number] - self.shards[number].num_tokens)
+
+
+def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[str, Source]:
+    """Every source of `mixture`, opened and checked, by name.
+
+    Args:
+        vocab_size: the model's vocabulary. Without it, the tokenizer's where the mixture names one.
+
+    Raises DataError (one line): a shard is missing, too short, made with another tokenizer, or holds ids outside the vocabulary.
+    """
+    if vocab_size is None and mixture.tokenizer is not None:
+        from data_pipeline.tokenizer import load_tokenizer
+
+        vocab_size = load_tokenizer(mixture.tokenizer).vocab_size
+    tokenizer = mixture.tokenizer_fingerprint()
+    return {name: _open_source(mixture, name, vocab_size, tokenizer) for name in mixture.sources}
+
+
+def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, tokenizer: str | None) -> Source:
+    shards, digest = [], xxhash.xxh3_128()
+    for prefix in mixture.shards(name):
+        try:
+            shard = IndexedReader(prefix)
+        except DataError as error:
+            raise type(error)(f"source {name!r}: {error}") from None
+        manifest = read_manifest(prefix)
+        if manifest is not None:
+            _check_manifest(name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer)
+        digest.update(shard_fingerprint(shard, manifest).encode())
+        if shard.num_tokens:
+            shards.append(shard)
+    if not shards:
+        paths = ", ".join(mixture.sources[name].paths)
+        raise DataError(f"source {name!r}: {paths} hold no tokens; prepare it from text that is not empty")
+    return Source(
+        name,
+        shards,
+        sequence_length=mixture.sequence_length,
+        seed=mixture.seed,
+        fingerprint=digest.hexdigest(),
+        vocab_size=vocab_size,
+    )
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """``PREFIX.manifest.json`` as `prepare` wrote it, or None where there is none (files of other tools)."""
+    path = Path(prefix + ".manifest.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedDataError(f"{path}: cannot be read ({error}); prepare the corpus again") from None
+
+
+def manifest_file(manifest: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """What a manifest says about one file (bytes, xxh3_128), by the file's name."""
+    for split in manifest.get("splits", {}).values():
+        if os.path.basename(path) in split.get("files", {}):
+            return split["files"][os.path.basename(path)]
+    return None
+
+
+def shard_fingerprint(shard: IndexedReader, manifest: dict[str, Any] | None) -> str:
+    """What identifies a shard's content: its hash from the manifest, else sizes and a hash of blocks spread over both files.
+
+    The second form reads at most half a megabyte of a file of any size; it tells corpora apart, and is no proof against damage.
+    """
+    recorded = manifest_file(manifest, shard.prefix + ".bin") if manifest else None
+    if recorded:
+        return f"{recorded['xxh3_128']}:{shard.num_tokens}"
+    digest = xxhash.xxh3_128(f"{shard.dtype}:{shard.num_tokens}:{shard.num_sequences}".encode())
+    for path in (shard.prefix + ".bin", shard.prefix + ".idx"):
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            places = range(_SAMPLED_BLOCKS) if size > _SAMPLED_BLOCKS * _BLOCK else [0]
+            for place in places:
+                file.seek(place * (size - _BLOCK) // (_SAMPLED_BLOCKS - 1) if len(places) > 1 else 0)
+                digest.update(file.read(_BLOCK if len(places) > 1 else size))
+    return digest.hexdigest()
+
+
+def _check_manifest(
+    name: str,
+    shard: IndexedReader,
+    manifest: dict[str, Any],
+    vocab_size: int | None,
+    tokenizer_path: str | None,
+    tokenizer: str | None,
+) -> None:
+    path = shard.prefix + ".bin"
+    recorded = manifest_file(manifest, path)
+    if recorded is None:
+        raise DataError(f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again")
+    size = shard.num_tokens * shard.dtype.itemsize
+    if recorded["bytes"] != size:
+        raise DamagedDataError(f"source {name!r}: {path} has {size} bytes, its manifest says {recorded['bytes']}; prepare it again")
+    highest = manifest.get("max_token_id")
+    if vocab_size is not None and highest is not None and highest >= vocab_size:
+        raise DataError(
+            f"source {name!r}: {path} holds token id {highest} but the vocabulary has {vocab_size} ids; "
+            f"prepare it with the tokenizer of this mixture, or raise model.vocab_size"
+        )
+    made_with = manifest.get("tokenizer", {}).get("xxh3_128")
+    if tokenizer is not None and made_with is not None and made_with != tokenizer:
+        raise DataError(
+            f"source {name!r}: {path} was made with another tokenizer than {tokenizer_path}; "
+            f"prepare it again with this one, or name the other in the mixture"
+        )
