@@ -55,7 +55,8 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
 
     An exception does not come back: it is reported (to the parent's error folder, else on stderr) and the process
     ends with the exception's `exit_code`, with 5 for a connection that another rank dropped, or with 1. It ends
-    without the interpreter's clean-up, which waits for peers that may have gone.
+    without the interpreter's clean-up, which waits for peers that may have gone. An exception whose `exit_code` is 3
+    (stopped as asked) is no failure: 3 is returned.
     """
     rank = _own_rank()
     # Until the target takes over the signals there is nothing to save.
@@ -68,6 +69,11 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
         result = call(**args) if isinstance(args, dict) else call(*args)
         return 0 if result is None else int(result)
     except BaseException as error:
+        if getattr(error, "exit_code", None) == EXIT_STOPPED:
+            # Stopped as asked: no failure, and the other ranks may still be writing.
+            if rank == 0:
+                print(error, file=sys.stderr)
+            return EXIT_STOPPED
         _fail(error, log_dir)
 
 
@@ -179,6 +185,7 @@ def _fail(error: BaseException, log_dir: Path | str | None) -> NoReturn:
     """Report `error` and end this process with its status."""
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         sys.exit(error.code)  # the target ended by itself and has said what it had to say
+    full = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     trace = None
     secondary = is_lost_connection(error)
     code = getattr(error, "exit_code", None)
@@ -191,9 +198,7 @@ def _fail(error: BaseException, log_dir: Path | str | None) -> NoReturn:
     elif secondary:
         code, message = EXIT_LOST_RANK, "lost the connection to another rank: " + _one_line(error)
     else:
-        code, message = EXIT_BUG, _one_line(error)
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    full = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        code, message, trace = EXIT_BUG, _one_line(error), full
     _write_to_log(log_dir, full)
     report_failure(int(code), message, secondary=secondary, trace=trace)
     for stream in (sys.stdout, sys.stderr):

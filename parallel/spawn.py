@@ -40,6 +40,10 @@ REPEAT_SECONDS = 1.0
 """A second signal within this time is the first one again: `timeout` signals its child and then its group."""
 
 _POLL_SECONDS = 0.05
+_SIGNAL_HINTS = {
+    signal.SIGKILL: " (the kernel does that when memory runs out)",
+    signal.SIGALRM: " (the last resort of a watchdog: it hung)",
+}
 # The child's modules are the parent's: its sys.path is handed on, and the working directory shadows nothing.
 _BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from parallel.rank import main; main()"
 
@@ -238,9 +242,7 @@ class _Group:
                 name = signal.Signals(-status).name
                 failures.append(_Failure(rank, EXIT_STOPPED, f"stopped by {name} before the start", when, told))
             elif status < 0:
-                message = f"rank {rank} was killed by {_signal_name(-status)}"
-                if -status == signal.SIGKILL:
-                    message += " (the kernel does that when memory runs out)"
+                message = f"rank {rank} was killed by {_signal_name(-status)}{_SIGNAL_HINTS.get(-status, '')}"
                 failures.append(_Failure(rank, EXIT_LOST_RANK, message, when, told))
             else:
                 failures.append(_Failure(rank, status, f"rank {rank} ended with status {status}", when, told))

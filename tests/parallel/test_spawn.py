@@ -51,6 +51,12 @@ def fails(folder, kind):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
     sleep(folder)
 
+class Stopped(Exception):
+    exit_code = 3
+
+def stopped(folder, kind):
+    raise Stopped("stopped by signal SIGTERM, saved at step 7")
+
 def all_lost():
     raise RuntimeError("Connection closed by peer")
 
@@ -197,6 +203,22 @@ def test_a_second_signal_kills(ranks, tmp_path):
     shown = parent.communicate(timeout=5)[1]
     assert parent.returncode == 3 and "second signal" in shown
     assert not any(alive(pid) for pid in children)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "shown"),
+    [("user", 2, "error: rank 1: data.mixture: no such file; write it\n"), ("stopped", 3, ""), ("bug", 1, "Traceback")],
+)
+def test_a_rank_of_another_launcher_answers_for_itself(ranks, tmp_path, kind, code, shown):
+    """Under torchrun or srun there is no parent of ours: the rank speaks and ends by itself."""
+    target = f"{ranks}:{'stopped' if kind == 'stopped' else 'fails'}"
+    run = f"import sys; from parallel.spawn import run_rank; sys.exit(run_rank({target!r}, {[str(tmp_path), kind]!r}, {str(tmp_path)!r}))"
+    path = f"{Path(__file__).resolve().parents[2]}:{tmp_path / 'code'}"
+    env = {"PYTHONPATH": path, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == code and done.stderr.startswith(shown) and bool(done.stderr) == bool(shown)
+    log = (tmp_path / "rank_00001.log").read_text()
+    assert ("Traceback" in log) == (kind != "stopped")
 
 
 def test_the_parent_needs_no_torch():

@@ -1,0 +1,69 @@
+"""Requests to stop, with real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_train.training.signals import StopRequest
+
+ROOT = str(Path(__file__).resolve().parents[3])
+# The main thread waits in C for a lock that never comes, as in a collective whose peers have gone: no Python runs there, and signals
+# do not interrupt it.
+BLOCKED = """
+import ctypes, sys
+from pathlib import Path
+from moe_train.training.signals import StopRequest
+stop = StopRequest(before_exit=lambda reason: Path(sys.argv[1]).write_text(reason))
+stop.install()
+print("ready", flush=True)
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+lock(mutex)
+"""
+
+
+def start(*args: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_a_reason_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.reason() is None
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        assert stop.reason() == f"signal {number.name}"
+    assert signal.getsignal(number) is before
+
+
+def test_file_and_time_limit(tmp_path):
+    stop = StopRequest(stop_file=tmp_path / "stop", max_wall_time=3600)
+    assert stop.reason() is None
+    (tmp_path / "stop").touch()
+    assert stop.reason() == "file stop"
+    late = StopRequest(max_wall_time=3600, started=time.monotonic() - 3601)
+    assert late.reason() == "max_wall_time 1h"
+
+
+def test_a_second_signal_ends_a_blocked_process_with_3(tmp_path):
+    process = start(str(tmp_path / "outcome"))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # at once again: one request
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "second signal SIGINT" in process.communicate(timeout=5)[1]
+    assert process.returncode == 3
+    assert "without saving" in (tmp_path / "outcome").read_text()
