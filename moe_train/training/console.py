@@ -71,8 +71,8 @@ class Console:
     def step(self, line: Mapping[str, Any], due: bool) -> None:
         """Take note of a step (its line of metrics.jsonl); print it when it is `due`.
 
-        Losses, gradient norm and learning rate are those of this step, as in metrics.jsonl; the speed is that of all steps since the
-        last printed line.
+        Losses, gradient norm and learning rate are those of this step, as in metrics.jsonl; the speed is that of all
+        steps since the last printed line.
         """
         self._first = self._first or line
         seconds = line["step_seconds"]
@@ -96,7 +96,7 @@ class Console:
             now_over = load > (_LOAD_QUIET if over else LOAD_ALARM)
             self._routers[name] = (now_dead, now_over)
             if now_dead != dead:
-                (worse if now_dead > dead else better).append(f"{name} has {now_dead} dead experts (was {dead})")
+                (worse if now_dead > dead else better).append(f"{name} has dead experts: {now_dead} (was {dead})")
             if now_over and not over:
                 worse.append(f"{name} sends {load:.1f} x the mean to one expert")
             if over and not now_over:

@@ -56,8 +56,8 @@ class RunFolder:
     def start(self, config_yaml: str) -> int:
         """Begin a start of the run and return its number, from 1.
 
-        Writes the resolved config, marks the outcome as open (code null) so that nobody believes the one of an earlier start, and
-        removes a `stop` file.
+        Writes the resolved config, marks the outcome as open (code null) so that nobody believes the one of an
+        earlier start, and removes a `stop` file.
 
         Raises:
             UserError: the folder cannot be written.
@@ -88,8 +88,8 @@ class RunFolder:
         Args:
             since: `now()` from before the ranks were started. An outcome older than that is of an earlier start.
 
-        A start whose ranks were killed left its outcome open; one whose first rank saw only the echo of another rank's error has the
-        wrong code. An outcome that agrees on the code stays as it is.
+        A start whose ranks were killed left its outcome open; one whose first rank saw only the echo of another
+        rank's error has the wrong code. An outcome that agrees on the code stays as it is.
         """
         outcome = self.read_outcome()
         if (outcome.get("started") or "") < since:

@@ -1,7 +1,7 @@
 """The learning rate: a pure function of the tokens seen before a step.
 
-Warm-up, stable, decay (WSD; JetMoE paper, eq. 13, after MiniCPM), cosine, or constant. In tokens, so that the batch size, the number of
-ranks and restarts change nothing:
+Warm-up, stable, decay (WSD; JetMoE paper, eq. 13, after MiniCPM), cosine, or constant. In tokens, so that the
+batch size, the number of ranks and restarts change nothing:
 
     JetMoE-8B: 10B warm-up from 10% of 5e-4, stable up to 1T, then 250B of decay down to 10%.
 """

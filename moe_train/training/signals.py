@@ -1,4 +1,7 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, a file, a time limit. The loop asks after each step, saves, and ends with status 3."""
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, a file, a time limit.
+
+The loop asks after each step, the ranks agree, save, and end with status 3.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,9 @@ class StopRequest:
         started: `time.monotonic()` of the start; default: when this object is made.
         before_exit: called before a second signal ends the process (to leave an outcome behind). Keep it short.
 
-    A second SIGTERM or SIGINT ends the process at once with status 3, also when the main thread waits in a collective that will never
-    end: Python runs handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up descriptor.
+    A second SIGTERM or SIGINT ends the process at once with status 3, also when the main thread waits in a collective
+    that will never end: Python runs handlers in the main thread alone, so a thread of its own listens to the
+    interpreter's wake-up descriptor.
     Signals can be caught from the main thread only.
     """
 

@@ -1,7 +1,8 @@
 """Weights & Biases and TensorBoard, as `logging` in the run file asks. Only rank 0 makes trackers.
 
-Figures have the names of metrics.jsonl there, in slash groups here (`train/loss`, `router/z_loss`, `optimizer/lr`, `throughput/mfu`), over
-steps and over tokens. Tracking is an onlooker: once it has begun, an error of it is told and ends the tracker, never the run.
+Figures have the names of metrics.jsonl there, in slash groups here (`train/loss`, `router/z_loss`, `optimizer/lr`,
+`throughput/mfu`), over steps and over tokens. Tracking is an onlooker: once it has begun, an error of it is told and
+ends the tracker, never the run.
 """
 
 from __future__ import annotations
@@ -187,7 +188,10 @@ class TensorBoardTracker:
 
 
 def grouped(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a metrics line with their names in groups; nested mappings become paths. Step and tokens are the axes."""
+    """The finite numbers of a metrics line with their names in groups; nested mappings become paths.
+
+    Step and tokens are the axes and are left out.
+    """
     for key, value in line.items():
         if not prefix and key in ("step", "tokens"):
             continue

@@ -26,9 +26,9 @@ class Watchdog:
         log_path: where the stacks go (appended); usually the log of this rank.
         before_exit: called with the message before the end (to leave an outcome behind). Keep it short.
 
-    Two lines of defence. A thread writes the stacks and exits; it needs the interpreter lock. Where the main thread hangs inside C code that
-    holds it, faulthandler's own thread (C, no lock) writes the stacks `STACKS_AFTER` the deadline, and the kernel's timer ends the process
-    with SIGALRM `KILL_AFTER` it.
+    Two lines of defence. A thread writes the stacks and exits; it needs the interpreter lock. Where the main thread
+    hangs inside C code that holds it, faulthandler's own thread (C, no lock) writes the stacks `STACKS_AFTER` the
+    deadline, and the kernel's timer ends the process with SIGALRM `KILL_AFTER` it.
 
         watchdog = Watchdog(600, folder.logs / "rank_00000.log")
         watchdog.arm("step 1")

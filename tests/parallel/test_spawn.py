@@ -212,7 +212,8 @@ def test_a_second_signal_kills(ranks, tmp_path):
 def test_a_rank_of_another_launcher_answers_for_itself(ranks, tmp_path, kind, code, shown):
     """Under torchrun or srun there is no parent of ours: the rank speaks and ends by itself."""
     target = f"{ranks}:{'stopped' if kind == 'stopped' else 'fails'}"
-    run = f"import sys; from parallel.spawn import run_rank; sys.exit(run_rank({target!r}, {[str(tmp_path), kind]!r}, {str(tmp_path)!r}))"
+    call = f"run_rank({target!r}, {[str(tmp_path), kind]!r}, {str(tmp_path)!r})"
+    run = f"import sys; from parallel.spawn import run_rank; sys.exit({call})"
     path = f"{Path(__file__).resolve().parents[2]}:{tmp_path / 'code'}"
     env = {"PYTHONPATH": path, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "RANK": "1"}
     done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, timeout=20)

@@ -68,12 +68,12 @@ def test_router_alarms_once_a_change():
 
     assert say(1, a=(1.2, 0), b=(1.0, 0)) == ""
     assert say(2, a=(5.0, 0), b=(1.0, 2)) == (
-        "warning: routers at step 2: a sends 5.0 x the mean to one expert; b has 2 dead experts (was 0)\n"
+        "warning: routers at step 2: a sends 5.0 x the mean to one expert; b has dead experts: 2 (was 0)\n"
     )
     assert say(3, a=(5.5, 0), b=(1.0, 2)) == ""
     assert say(4, a=(3.9, 0), b=(1.0, 2)) == ""  # still near the threshold
     assert say(5, a=(2.0, 0), b=(1.0, 1)) == (
-        "routers at step 5, better: a is back to 2.0 x the mean; b has 1 dead experts (was 2)\n"
+        "routers at step 5, better: a is back to 2.0 x the mean; b has dead experts: 1 (was 2)\n"
     )
     assert say(6, **{f"r{i}": (9.0, 0) for i in range(6)}).endswith("; and 2 more\n")
 
@@ -121,7 +121,8 @@ def test_a_bar_on_a_terminal_and_a_terminal_that_goes_away(tmp_path):
     console.say("[bold] is not markup")
     console.say("still here")
     console.close()
-    assert [text.split(" ", 2)[2] for text in (tmp_path / "log").read_text().splitlines()] == ["[bold] is not markup", "still here"]
+    logged = [text.split(" ", 2)[2] for text in (tmp_path / "log").read_text().splitlines()]
+    assert logged == ["[bold] is not markup", "still here"]
 
 
 def test_units():

@@ -78,7 +78,8 @@ def test_null_durations_are_parts_of_the_run():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"schedule.warmup \(100 = 100 tokens\) and schedule.decay \(950 = 950 tokens\) do not fit"):
+    both = r"schedule.warmup \(100 = 100 tokens\) and schedule.decay \(950 = 950 tokens\) do not fit"
+    with pytest.raises(UserError, match=both):
         small(decay=950)
     with pytest.raises(UserError, match="schedule.warmup .* do not fit into a run of 1000 tokens"):
         small(kind="cosine", warmup=Duration(steps=101))

@@ -14,8 +14,8 @@ import pytest
 from moe_train.training.signals import StopRequest
 
 ROOT = str(Path(__file__).resolve().parents[3])
-# The main thread waits in C for a lock that never comes, as in a collective whose peers have gone: no Python runs there, and signals
-# do not interrupt it.
+# The main thread waits in C for a lock that never comes, as in a collective whose peers have gone: no Python runs
+# there, and signals do not interrupt it.
 BLOCKED = """
 import ctypes, sys
 from pathlib import Path
