@@ -15,6 +15,7 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data_pipeline.errors import DamagedDataError, DataError
 
@@ -140,6 +141,7 @@ class IndexedWriter:
         if self.dtype not in _CODES:
             raise DataError(f"{self.dtype} cannot be written to a .bin file; use uint16 or int32")
         self.num_tokens = 0
+        self._digest = xxhash.xxh3_128()
         self._lengths = array("i")
         self._limits = np.iinfo(self.dtype)
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,9 @@ class IndexedWriter:
             raise DataError(f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary")
         if len(lengths) and max(lengths) > _LARGEST_DOCUMENT:
             raise DataError(f"a document of {max(lengths)} tokens is longer than the format allows (2^31 - 1); split it")
-        self._file.write(np.ascontiguousarray(ids, self.dtype).tobytes())
+        data = np.ascontiguousarray(ids, self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
         self._lengths.extend(int(length) for length in lengths)
         self.num_tokens += len(ids)
 
@@ -166,27 +170,41 @@ class IndexedWriter:
     def num_documents(self) -> int:
         return len(self._lengths)
 
-    def finish(self) -> tuple[str, str]:
-        """Write the index and flush both files; the names of the two partial files, to be renamed by the caller."""
+    def finish(self) -> dict[str, dict[str, int | str]]:
+        """Write the index and flush both files, under their partial names still: ``{path: {bytes, xxh3_128}}`` by final name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], out=pointers[1:])
-        with open(self.prefix + ".idx.partial", "wb") as index:
-            index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(lengths) + 1))
-            index.write(lengths.astype("<i4").tobytes())
-            index.write((pointers * self.dtype.itemsize).astype("<i8").tobytes())
-            index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            index.flush()
-            os.fsync(index.fileno())
-        return self.prefix + ".bin.partial", self.prefix + ".idx.partial"
+        index = b"".join(
+            [
+                _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(lengths) + 1),
+                lengths.astype("<i4").tobytes(),
+                (pointers * self.dtype.itemsize).astype("<i8").tobytes(),
+                np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
+            ]
+        )
+        with open(self.prefix + ".idx.partial", "wb") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+        size = self.num_tokens * self.dtype.itemsize
+        return {
+            self.prefix + ".bin": {"bytes": size, "xxh3_128": self._digest.hexdigest()},
+            self.prefix + ".idx": {"bytes": len(index), "xxh3_128": xxhash.xxh3_128_hexdigest(index)},
+        }
+
+    def publish(self) -> None:
+        """Give the finished files their names. The index comes last: a shard without it is not a shard."""
+        for end in (".bin", ".idx"):
+            os.replace(self.prefix + end + ".partial", self.prefix + end)
 
     def close(self) -> None:
-        """Finish, and give the files their names. The index comes last: a shard without it is not a shard."""
-        for partial in self.finish():
-            os.replace(partial, partial.removesuffix(".partial"))
+        """Finish and publish."""
+        self.finish()
+        self.publish()
 
     def abandon(self) -> None:
         """Remove what was written."""
