@@ -1,4 +1,5 @@
-"""Packaging. Ranges here are what real clusters have (torch from NVIDIA's containers included); constraints.txt pins what CI runs."""
+"""Packaging. Ranges here are what real clusters have (torch from NVIDIA's containers included);
+constraints.txt pins what CI runs."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ VERSION = re.search(
     r'__version__ = "([^"]+)"', (ROOT / "moe_train" / "__init__.py").read_text(encoding="utf-8")
 ).group(1)
 
-# `apex` must never be listed here: the package of that name on PyPI has nothing to do with NVIDIA's (which is built from source,
-# and found when it is importable), and a foreign `apex` makes megatron-core believe that it has NVIDIA's.
+# `apex` must never be listed here: the package of that name on PyPI has nothing to do with NVIDIA's (which is
+# built from source, and found when it is importable), and a foreign `apex` makes megatron-core believe that
+# it has NVIDIA's.
 REQUIREMENTS = [
     "torch>=2.6",
     "megatron-core==0.16.1",  # pinned: the CPU backend and the schedules are checked against this version
@@ -51,8 +53,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The presets in configs/ travel as data of a package without code, so that they are found by name after an install;
-    # in a checkout (or an editable install) they are read from configs/ itself.
+    # The presets in configs/ travel as data of a package without code, so that they are found by name after
+    # an install; in a checkout (or an editable install) they are read from configs/ itself.
     packages=[
         *find_packages(include=["moe_train*", "parallel*", "data_pipeline*", "launch*"]),
         "moe_train.configs",

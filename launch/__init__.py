@@ -1,1 +1,2 @@
-"""Starting a run elsewhere: on this machine, on Slurm. Needs neither torch nor megatron-core (a login node has neither)."""
+"""Starting a run elsewhere: on this machine, on Slurm. Needs neither torch nor megatron-core (a login node
+has neither)."""

@@ -1,7 +1,8 @@
 """`moe-train`: one verb for each thing a user does. No logic here: a verb imports one function and calls it.
 
-Exit status: 0 success; 1 a bug (with a traceback); 2 a user's mistake (one line); 3 stopped after saving; 4 damaged data or
-checkpoint; 5 hardware, a lost rank or a hang; 6 stopped by policy. An exception says which by its `exit_code`.
+Exit status: 0 success; 1 a bug (with a traceback); 2 a user's mistake (one line); 3 stopped after saving; 4
+damaged data or checkpoint; 5 hardware, a lost rank or a hang; 6 stopped by policy. An exception says which by
+its `exit_code`.
 """
 
 from __future__ import annotations
@@ -326,9 +327,8 @@ def _checked(overrides: list[str] | None) -> list[str]:
 def _no_such_option(text: str) -> UserError:
     from data_pipeline.yaml_marks import suggestion
 
-    return UserError(
-        f"there is no option {text}; {suggestion(text, ['--nproc', '--resume', '--dry-run', '--help'], 'options')}"
-    )
+    known = ["--nproc", "--resume", "--dry-run", "--help"]
+    return UserError(f"there is no option {text}; {suggestion(text, known, 'options')}")
 
 
 def _status(result: object) -> int | None:

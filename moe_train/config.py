@@ -83,7 +83,8 @@ class RunConfig(Section):
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all phases of the mixture: what the schedule spans, whatever `training.max_steps` says."""
+        """Tokens of all phases of the mixture: what the schedule spans, whatever `training.max_steps`
+        says."""
         return sum(phase.tokens for phase in self.mixture.phases)
 
     @property
@@ -123,8 +124,8 @@ def load_run(
 ) -> RunConfig:
     """The run file at `path`, or the preset of that name, with `overrides` (``a.b=c``) applied.
 
-    `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier start, whose
-    files may be gone.
+    `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier
+    start, whose files may be gone.
 
     Raises an error with ``exit_code`` 2, one line that names file and line (or the override), key and remedy.
     """
@@ -137,7 +138,8 @@ def load_run(
 
 
 def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ModelConfig:
-    """A model file, or the preset of that name (``jetmoe_8b``), with `overrides` of its keys (``num_layers=2``)."""
+    """A model file, or the preset of that name (``jetmoe_8b``), with `overrides` of its keys
+    (``num_layers=2``)."""
     return validate(ModelConfig, load_part(path, "model", overrides))
 
 
@@ -145,7 +147,8 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
     """What only the model, the mixture and the schedule together can tell."""
     longest, length = config.model.max_sequence_length, config.mixture.sequence_length
     if length > longest:
-        reason = f"{longest} is less than the mixture's sequence_length {length} ({config.data.mixture}); make it {length} or more"
+        reason = f"{longest} is less than the mixture's sequence_length {length} ({config.data.mixture})"
+        reason += f"; make it {length} or more"
         raise document.error(("model", "max_sequence_length"), reason)
     schedule, total = config.schedule, config.total_tokens
     warmup = schedule.warmup.in_tokens(config.tokens_per_step)
@@ -153,4 +156,6 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
     if warmup + decay > total:
         parts = f"warmup {warmup} + decay {decay} tokens" if decay else f"warmup of {warmup} tokens"
         larger = "warmup" if warmup > decay else "decay"
-        raise document.error(("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them")
+        raise document.error(
+            ("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them"
+        )

@@ -1,7 +1,8 @@
-"""From a run file to one document: sections in files of their own, presets by name, relative paths, overrides.
+"""From a run file to one document: sections in files of their own, presets by name, relative paths,
+overrides.
 
-What a file may hold and how a mistake is told is `data_pipeline.yaml_marks`' business; here files and overrides become one
-document whose every key still knows where it came from.
+What a file may hold and how a mistake is told is `data_pipeline.yaml_marks`' business; here files and
+overrides become one document whose every key still knows where it came from.
 """
 
 from __future__ import annotations
@@ -38,16 +39,19 @@ SECTIONS = (
 """Top-level keys that hold a mapping, or the path of a YAML file with that mapping."""
 
 FILE_KEYS: dict[KeyPath, str] = {("data", "mixture"): "data", ("launch", "cluster"): "cluster"}
-"""Keys that name a YAML file, which may be a preset: the kind (subfolder of configs/) that its name is looked up in."""
+"""Keys that name a YAML file, which may be a preset: the kind (subfolder of configs/) that its name is looked
+up in."""
 
 PATH_KEYS: tuple[KeyPath, ...] = (("checkpoint", "initialize_from"),)
 """Other keys that name a path, relative to the file that names them."""
 
 
 def load_document(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Document:
-    """The run file at `path` (or the preset of that name) with `overrides` applied and its paths made absolute.
+    """The run file at `path` (or the preset of that name) with `overrides` applied and its paths made
+    absolute.
 
-    Overrides are ``a.b=c`` or ``--a.b=c``; c is read as YAML, and what it names is relative to the working folder.
+    Overrides are ``a.b=c`` or ``--a.b=c``; c is read as YAML, and what it names is relative to the working
+    folder.
 
     Raises YamlError or UserError, one line that names the file and line, or the override.
     """
@@ -58,7 +62,8 @@ def load_document(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -
 
 
 def load_part(path: str | os.PathLike[str], kind: str, overrides: Iterable[str] = ()) -> Document:
-    """One section's own file, such as a model's (kind ``model``), with overrides of its keys (``num_layers=2``)."""
+    """One section's own file, such as a model's (kind ``model``), with overrides of its keys
+    (``num_layers=2``)."""
     document = read_yaml(shown(find_config(path, kind, Path.cwd())))
     for override in overrides:
         keys, value = parse_override(override)
@@ -86,7 +91,7 @@ class _Assembler:
         self.document = read_yaml(self.file)
         if not isinstance(self.document.data, dict):
             raise YamlError(
-                f"{self.file}:1: is not a run file; it should be a mapping with the keys output_dir, model and data"
+                f"{self.file}:1: is not a run file; it should have the keys output_dir, model and data"
             )
 
     def override(self, text: str) -> None:
@@ -151,11 +156,12 @@ class _Assembler:
             raise YamlError(f"{mark}: {dotted(keys)}: {error}") from None
 
 
-# --- files and presets ------------------------------------------------------------------------------------------------------------
+# --- files and presets --------------------------------------------------------------------------------------
 
 
 def find_config(named: str | os.PathLike[str], kind: str, folder: Path) -> Path:
-    """The YAML file that `named` means: a path relative to `folder`, else a preset that comes with the package.
+    """The YAML file that `named` means: a path relative to `folder`, else a preset that comes with the
+    package.
 
     ``demo``, ``run/demo.yaml`` and ``configs/run/demo.yaml`` all name the preset `demo` of the kind ``run``.
 
@@ -180,7 +186,8 @@ def find_config(named: str | os.PathLike[str], kind: str, folder: Path) -> Path:
 
 
 def presets_folder() -> Path:
-    """The folder with model/, data/, cluster/ and run/: in the installed package, or beside it in a checkout."""
+    """The folder with model/, data/, cluster/ and run/: in the installed package, or beside it in a
+    checkout."""
     installed = Path(str(resources.files("moe_train"))) / "configs"
     return installed if installed.is_dir() else installed.parent.parent / "configs"
 

@@ -1,4 +1,4 @@
-"""`moe-train pretrain --dry-run`: everything that can be checked before a GPU is asked for, printed. Needs no torch."""
+"""`moe-train pretrain --dry-run`: all that can be checked before a GPU is asked for. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 def dry_run(config: RunConfig, nproc: int | None = None) -> None:
     """Print config, model, layout and mixture of `config` for `nproc` processes, and start nothing.
 
-    Without `nproc` the number of processes is the launcher's (torchrun, Slurm), else the fewest that the layout takes.
+    Without `nproc` the number of processes is the launcher's (torchrun, Slurm), else the fewest that the
+    layout takes.
 
-    Raises what `pretrain` would raise: a layout that does not divide, a missing corpus, a source whose epochs run out.
+    Raises what `pretrain` would raise: a layout that does not divide, a missing corpus, a source whose epochs
+    run out.
     """
-    from data_pipeline.ledger import Ledger
     from data_pipeline.report import planned
+
+    from data_pipeline.ledger import Ledger
     from data_pipeline.sources import open_sources
 
     world = nproc or _launched_processes() or smallest_world(config.parallel)
@@ -42,30 +45,34 @@ def model_lines(config: RunConfig) -> list[str]:
     flops = model.flops_per_token(length)
     return [
         f"model       {total:,} parameters, {active:,} active for a token ({100 * active / total:.1f}%)",
-        f"            {format_count(flops)} floating-point operations a token of training at sequence length {length}",
+        f"            {format_count(flops)} operations a token of training, at length {length}",
     ]
 
 
 def run_lines(config: RunConfig, layout: Layout) -> list[str]:
-    """Layout, batch and length of the run, a line each."""
-    training, length = config.training, config.mixture.sequence_length
-    accumulation = training.global_batch_size // (training.micro_batch_size * layout.data)
-    lines = [
+    """Layout, batch, length and schedule of the run, a line each."""
+    training, schedule, length = config.training, config.schedule, config.mixture.sequence_length
+    micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
+    total = config.total_tokens
+    batch = (
+        f"{training.global_batch_size} sequences of {length} = {format_count(config.tokens_per_step)} tokens"
+    )
+    rate = f"{schedule.kind}, lr {config.optimizer.lr:g}, warm-up {schedule.warmup}"
+    if schedule.kind == "wsd":
+        rate += f", decay {schedule.decay} ({schedule.decay_form})"
+    return [
         f"layout      {layout.describe()}",
-        f"batch       {training.global_batch_size} sequences of {length} tokens ({format_count(config.tokens_per_step)} tokens a step):"
-        f" {accumulation} micro-batch(es) of {training.micro_batch_size} on each of {layout.data} data rank(s)",
-        f"run         {format_count(config.total_tokens)} tokens in {_steps(config)}",
-        f"operations  {config.model.flops_per_token(length) * config.total_tokens:.3g} for all tokens",
+        f"batch       {batch} a step: {micro_batches} x {training.micro_batch_size} on each data rank",
+        f"run         {format_count(total)} tokens in {_steps(config)}",
+        f"            {config.model.flops_per_token(length) * total:.3g} operations in all",
+        f"schedule    {rate}",
     ]
-    schedule = config.schedule
-    rate = f"schedule    {schedule.kind}, lr {config.optimizer.lr:g}, warm-up {schedule.warmup}"
-    return [*lines, rate + (f", decay {schedule.decay} ({schedule.decay_form})" if schedule.kind == "wsd" else "")]
 
 
 def _steps(config: RunConfig) -> str:
-    """The number of steps in words; with a batch that grows it is counted batch by batch."""
-    samples, length, steps, seen = config.total_tokens // config.mixture.sequence_length, config.mixture.sequence_length, 0, 0
-    training = config.training
+    """The number of steps in words; a batch that grows is counted batch by batch."""
+    training, length = config.training, config.mixture.sequence_length
+    samples, seen, steps = config.total_tokens // length, 0, 0
     while training.batch_size_warmup and seen * length < training.batch_size_warmup.tokens and seen < samples:
         seen += training.batch_size(seen * length)
         steps += 1

@@ -1,7 +1,7 @@
 """Errors that end a command with a status of their own; `moe_train.cli` prints them as one line.
 
-A package below (`data_pipeline`, `parallel`) raises its own classes: what counts is the attribute `exit_code`. Any
-exception without it is a bug: traceback, status 1.
+A package below (`data_pipeline`, `parallel`) raises its own classes: what counts is the attribute
+`exit_code`. Any exception without it is a bug: traceback, status 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ class UserError(Exception):
 
 
 class StoppedError(Exception):
-    """The run was stopped by a signal, a time limit or the file `stop`, after it saved: start it again to go on."""
+    """The run was stopped by a signal, a time limit or the file `stop`, after it saved: start it again to go
+    on."""
 
     exit_code = 3
 
@@ -32,6 +33,7 @@ class HardwareError(Exception):
 
 
 class PolicyStop(Exception):
-    """The run stopped because its own rules say so (too many spikes, a crash loop): do not start it again unchanged."""
+    """The run stopped because its own rules say so (too many spikes, a crash loop): do not start it again
+    unchanged."""
 
     exit_code = 6

@@ -1,7 +1,8 @@
 """What may change when a run is resumed: one table, which `docs/resume.md` repeats for people.
 
-A run is a function of its config and its ledger. Keys that do not touch what is computed are free; those that do, but that
-people rightly change during a run, are recorded in events.jsonl; those that would make it another run are refused.
+A run is a function of its config and its ledger. Keys that do not touch what is computed are free; those that
+do, but that people rightly change during a run, are recorded in events.jsonl; those that would make it
+another run are refused.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def parse_duration(value: Any) -> Duration:
 
 
 def parse_time(value: Any) -> float:
-    """Seconds of ``30s``, ``10m``, ``1h``, ``1h30m``, ``2d``, ``1:30:00`` or Slurm's ``2-00:00:00``. Raises ValueError else.
+    """Seconds of ``30s``, ``10m``, ``1h``, ``1h30m``, ``2d``, ``1:30:00`` or Slurm's ``2-00:00:00``. Raises
+    ValueError else.
 
     A bare number is refused: nobody can tell whether it means seconds or minutes (Slurm reads minutes).
     """

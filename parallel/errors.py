@@ -1,16 +1,19 @@
-"""The errors that this package raises on purpose. Each carries the exit status that a command should end with."""
+"""The errors that this package raises on purpose. Each carries the exit status that a command should end
+with."""
 
 from __future__ import annotations
 
 
 class LayoutError(ValueError):
-    """A layout that does not divide the ranks, the model or the batch. One line: the reason and the nearest that would do."""
+    """A layout that does not divide the ranks, the model or the batch. One line: the reason and the nearest
+    that would do."""
 
     exit_code = 2
 
 
 class EngineError(RuntimeError):
-    """The engine cannot start as asked: a wrong version of megatron-core, a missing package, a device that is not there."""
+    """The engine cannot start as asked: a wrong version of megatron-core, a missing package, a device that is
+    not there."""
 
     exit_code = 2
 

@@ -1,7 +1,8 @@
-"""How many ranks do what: tensor, pipeline, expert and data parallelism, and the check that they divide the model and the batch.
+"""How many ranks do what: tensor, pipeline, expert and data parallelism, and the check that they divide the
+model and the batch.
 
-World = tensor x pipeline x data. Expert parallelism takes no ranks of its own: it divides tensor x data, and expert tensor
-parallelism stays 1 (an expert lives whole on one rank). Needs no torch.
+World = tensor x pipeline x data. Expert parallelism takes no ranks of its own: it divides tensor x data, and
+expert tensor parallelism stays 1 (an expert lives whole on one rank). Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     tensor: int = Field(1, ge=1)
-    """Ranks that split each layer's heads and the vocabulary (with sequence parallelism); divides the number of kv heads."""
+    """Ranks that split each layer's heads and the vocabulary (with sequence parallelism); divides the number
+    of kv heads."""
     pipeline: int = Field(1, ge=1)
     """Stages of consecutive layers; with `virtual_pipeline` it divides the number of layers."""
     virtual_pipeline: int | None = Field(None, ge=1)
@@ -50,7 +52,8 @@ class Layout:
         return self.tensor * self.data // self.expert
 
     def describe(self) -> str:
-        """One line for people: ``4 ranks = tensor 2 x pipeline 1 x data 2; experts over 2 of tensor x data``."""
+        """One line for people: ``4 ranks = tensor 2 x pipeline 1 x data 2; experts over 2 of tensor x
+        data``."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         text = f"{ranks} = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
         if self.virtual_pipeline:
@@ -86,7 +89,7 @@ class _Problem:
         if self.tensor > self.num_kv_heads or self.num_kv_heads % self.tensor:
             return (
                 "tensor",
-                f"parallel.tensor {self.tensor} does not divide the {self.num_kv_heads} kv heads of the attention",
+                f"parallel.tensor {self.tensor} does not divide the {self.num_kv_heads} kv heads",
             )
         if self.virtual > 1 and self.pipeline == 1:
             return "virtual", f"parallel.virtual_pipeline {self.virtual} needs parallel.pipeline of 2 or more"
@@ -98,8 +101,8 @@ class _Problem:
         if self.num_layers % (self.pipeline * self.virtual):
             chunks = self.pipeline * self.virtual
             return "virtual", (
-                f"parallel.pipeline {self.pipeline} x parallel.virtual_pipeline {self.virtual} = {chunks} does not divide"
-                f" the {self.num_layers} layers"
+                f"parallel.pipeline {self.pipeline} x parallel.virtual_pipeline {self.virtual} = {chunks}"
+                f" does not divide the {self.num_layers} layers"
             )
         ranks = self.tensor * self.pipeline
         if self.world % ranks:
@@ -114,8 +117,12 @@ class _Problem:
                 f"parallel.expert {self.expert} does not divide the {self.mlp_experts} MLP experts",
             )
         if not self.replicated and self.attention_experts % self.expert:
-            reason = f"parallel.expert {self.expert} does not divide the {self.attention_experts} attention experts"
-            return "expert", f"{reason} (parallel.attention_experts: replicated keeps them whole)"
+            experts = f"the {self.attention_experts} attention experts"
+            return (
+                "expert",
+                f"parallel.expert {self.expert} does not divide {experts}"
+                " (parallel.attention_experts: replicated keeps them whole)",
+            )
         ranks = self.tensor * self.data
         if ranks % self.expert:
             product = f"tensor {self.tensor} x data {self.data} = {ranks}"
@@ -136,8 +143,9 @@ class _Problem:
         per_rank = self.global_batch_size // sequences
         if self.virtual > 1 and per_rank % self.pipeline:
             return "batch", (
-                f"training.global_batch_size {self.global_batch_size} gives each data rank {per_rank} micro-batch(es), and the"
-                f" interleaved schedule needs a multiple of parallel.pipeline {self.pipeline}"
+                f"training.global_batch_size {self.global_batch_size} gives each data rank {per_rank}"
+                f" micro-batch(es), and the interleaved schedule needs a multiple of"
+                f" parallel.pipeline {self.pipeline}"
             )
         return None
 
@@ -190,11 +198,12 @@ def resolve_layout(
 
 
 def smallest_world(parallel: ParallelConfig) -> int:
-    """The fewest ranks on which `parallel` can run: the smallest multiple of tensor x pipeline whose tensor x data holds expert."""
+    """The fewest ranks on which `parallel` can run: the smallest multiple of tensor x pipeline whose tensor x
+    data holds expert."""
     return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
 
 
-# --- the nearest that would do ----------------------------------------------------------------------------------------------------
+# --- the nearest that would do ------------------------------------------------------------------------------
 
 _KEYS = {
     "tensor": "parallel.tensor",

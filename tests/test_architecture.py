@@ -1,4 +1,5 @@
-"""The arrows between the packages, and what the light modules may import. Holds the map of the house in docs/."""
+"""The arrows between the packages, and what the light modules may import. Holds the map of the house in
+docs/."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ HEAVY = ("torch", "megatron", "transformers", "wandb", "matplotlib", "tensorboar
 
 
 def imports(path: Path, *, at_import: bool = False) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of every import of a file: ``from a.b import c`` gives a.b.c. With `at_import` only those that run
+    """(dotted name, line) of every import of a file: ``from a.b import c`` gives a.b.c. With `at_import` only
+    those that run
     when the module is imported: not inside functions, not under TYPE_CHECKING."""
     yield from _walk(ast.parse(path.read_text(encoding="utf-8")), at_import)
 
@@ -62,11 +64,14 @@ def test_the_command_line_is_the_roof() -> None:
     """It imports everything, nothing imports it (but `python -m moe_train`)."""
     for path in FILES:
         if name(path) != "moe_train/__main__.py":
-            assert not [line for module, line in imports(path) if module.startswith("moe_train.cli")], name(path)
+            assert not [line for module, line in imports(path) if module.startswith("moe_train.cli")], name(
+                path
+            )
 
 
 def test_only_parallel_touches_process_groups() -> None:
-    """megatron-core's parallel_state and torch.distributed are `parallel`'s; checkpoints may use torch.distributed.checkpoint."""
+    """megatron-core's parallel_state and torch.distributed are `parallel`'s; checkpoints may use
+    torch.distributed.checkpoint."""
     for path in FILES:
         own = path.relative_to(ROOT).parts
         if own[0] == "parallel":
@@ -78,7 +83,11 @@ def test_only_parallel_touches_process_groups() -> None:
                 continue
             assert not module.startswith("torch.distributed"), where
         text = path.read_text(encoding="utf-8")
-        for forbidden in ("torch.distributed.init_process_group", "torch.distributed.new_group", "torch.distributed.all_reduce"):
+        for forbidden in (
+            "torch.distributed.init_process_group",
+            "torch.distributed.new_group",
+            "torch.distributed.all_reduce",
+        ):
             assert forbidden not in text, f"{name(path)} uses {forbidden}"
 
 
@@ -91,7 +100,9 @@ def test_no_package_imports_apex_by_requirement() -> None:
 
 def light_modules() -> list[str]:
     """Modules that a login node imports: all of data_pipeline and launch, and whatever reads YAML only."""
-    paths = [path for path in FILES if name(path).startswith(("data_pipeline/", "launch/", "moe_train/plan/"))]
+    paths = [
+        path for path in FILES if name(path).startswith(("data_pipeline/", "launch/", "moe_train/plan/"))
+    ]
     paths += [path for path in FILES if path.name in ("config.py", "__init__.py", "errors.py")]
     paths += [path for path in (ROOT / "moe_train").glob("*.py") if path.name != "__main__.py"]
     paths += [ROOT / "moe_train/model/flops.py", ROOT / "parallel/layout.py", ROOT / "parallel/spawn.py"]
@@ -108,12 +119,15 @@ for module in {light_modules()!r}:
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     assert not heavy, f"importing {{module}} imports {{heavy}}"
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_help_imports_little() -> None:
-    """`moe-train --help` is a matter of a tenth of a second: what costs more is imported by the verb that needs it."""
+    """`moe-train --help` is a matter of a tenth of a second: what costs more is imported by the verb that
+    needs it."""
     program = """
 import sys
 from moe_train.cli import main
@@ -121,7 +135,9 @@ assert main(["--help"]) == 0 and main(["pretrain", "--help"]) == 0
 heavy = [name for name in ("torch", "megatron", "numpy", "yaml", "rich") if name in sys.modules]
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -133,4 +149,12 @@ def test_files_are_of_a_size_to_read() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     for path in FILES:
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name(path)} has no docstring"
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), (
+            f"{name(path)} has no docstring"
+        )
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    """setup.py finds packages by their __init__.py: a folder without one would not be installed."""
+    for path in FILES:
+        assert (path.parent / "__init__.py").exists(), f"{name(path.parent)} has no __init__.py"

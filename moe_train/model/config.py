@@ -1,6 +1,7 @@
 """The shape of a JetMoE-class model (arXiv 2404.07413, Table 1). Needs no torch.
 
-The parts nest (`attention`, `mlp`, `router`), so that another kind of attention or MLP is another class in its place.
+The parts nest (`attention`, `mlp`, `router`), so that another kind of attention or MLP is another class in
+its place.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ TopK = Annotated[int, Field(ge=1, validate_default=True), AfterValidator(_check_
 
 
 class AttentionConfig(ModelPart):
-    """Mixture of attention heads: keys and values are shared, each expert has its own query and output projections."""
+    """Mixture of attention heads: keys and values are shared, each expert has its own query and output
+    projections."""
 
     num_kv_heads: int = Field(16, ge=1)
     """Heads of one expert, and of the shared keys and values (n)."""
@@ -50,7 +52,8 @@ class AttentionConfig(ModelPart):
     def _check_head_dim(cls, head_dim: int) -> int:
         if head_dim % 2:
             raise ValueError(
-                f"head_dim {head_dim} is odd, and rotary embeddings turn pairs; the nearest that would do: {head_dim + 1}"
+                f"head_dim {head_dim} is odd, and rotary embeddings turn pairs;"
+                f" the nearest that would do: {head_dim + 1}"
             )
         return head_dim
 
@@ -73,7 +76,8 @@ class RouterConfig(ModelPart):
     z_coef: float = Field(0.001, ge=0)
     """beta of ``mean(logsumexp(logits)^2)``."""
     scope: Literal["micro_batch", "sequence"] = "micro_batch"
-    """The tokens over which f and P are averaged: one micro-batch, or each sequence by itself (then the size of the
+    """The tokens over which f and P are averaged: one micro-batch, or each sequence by itself (then the size
+    of the
     micro-batch does not matter)."""
 
 

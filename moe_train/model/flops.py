@@ -1,4 +1,5 @@
-"""Counting: parameter shapes, total and active parameters, and the operations of one token of training. Needs no torch."""
+"""Counting: parameter shapes, total and active parameters, and the operations of one token of training. Needs
+no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Shape = tuple[int, ...]
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
-    """Global name -> shape of the parameters of one layer (0-based). E experts, H hidden, D = kv heads * head_dim, F ffn."""
+    """Global name -> shape of the parameters of one layer (0-based). E experts, H hidden, D = kv heads *
+    head_dim, F ffn."""
     attention, mlp, hidden = config.attention, config.mlp, config.hidden_size
     width, ffn = attention.width, mlp.ffn_hidden_size
     shapes: dict[str, Shape] = {
@@ -32,7 +34,8 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Global name -> global shape of every parameter; the names that initialisation, checkpoints and conversion use.
+    """Global name -> global shape of every parameter; the names that initialisation, checkpoints and
+    conversion use.
 
     A tied head is not listed: it is the embedding.
     """
@@ -51,7 +54,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_active_parameters(config: ModelConfig) -> int:
-    """Elements that take part in one token: each layer's top_k experts, and everything that is not an expert."""
+    """Elements that take part in one token: each layer's top_k experts, and everything that is not an
+    expert."""
     share = {
         "attention.query.weight": config.attention,
         "attention.output.weight": config.attention,
@@ -66,11 +70,13 @@ def num_active_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Operations per token of a training step: 3 x the forward pass (the backward pass is two products for each one).
+    """Operations per token of a training step: 3 x the forward pass (the backward pass is two products for
+    each one).
 
-    Matrix products only, a multiply-add is 2; top_k experts, both routers and the head, the embedding look-up not; attention
-    is causal, so each position meets half of the sequence on average. Recomputation is not counted: these are the operations
-    that training needs, not those a machine happens to do (so a model FLOP utilisation does not grow by recomputing).
+    Matrix products only, a multiply-add is 2; top_k experts, both routers and the head, the embedding look-up
+    not; attention is causal, so each position meets half of the sequence on average. Recomputation is not
+    counted: these are the operations that training needs, not those a machine happens to do (so a model FLOP
+    utilisation does not grow by recomputing).
 
     >>> round(flops_per_token(ModelConfig(), 4096) / 1e9, 1)                     # JetMoE-8B
     16.4

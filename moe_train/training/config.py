@@ -18,11 +18,13 @@ class Section(BaseModel):
 class BatchSizeWarmup(Section):
     """The global batch grows linearly with the tokens seen, in whole multiples of `start`.
 
-    Multiples of `start`, not of what one step of all ranks holds: so that the batch of step n does not depend on the layout.
+    Multiples of `start`, not of what one step of all ranks holds: so that the batch of step n does not depend
+    on the layout.
     """
 
     start: int = Field(ge=1)
-    """Sequences of the first batches; divides the global batch, and is a multiple of micro_batch_size x data."""
+    """Sequences of the first batches; divides the global batch, and is a multiple of micro_batch_size x
+    data."""
     tokens: Count = Field(ge=1)
     """Tokens after which the batch is the full one."""
 
@@ -38,7 +40,8 @@ class TrainingConfig(Section):
     """What is computed, and for how long."""
 
     micro_batch_size: int = Field(4, ge=1)
-    """Sequences of one forward pass; also what the router losses are averaged over (`model.router.scope: micro_batch`)."""
+    """Sequences of one forward pass; also what the router losses are averaged over (`model.router.scope:
+    micro_batch`)."""
     global_batch_size: int = Field(16, ge=1, validate_default=True)
     """Sequences of one optimizer step, over all ranks; a multiple of micro_batch_size x data."""
     batch_size_warmup: BatchSizeWarmup | None = None
@@ -50,9 +53,11 @@ class TrainingConfig(Section):
     max_wall_time: Seconds | None = None
     """Save and stop (status 3) when this much time has passed since the start."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again: none of them, the attention's and the experts' inner ones, whole layers."""
+    """Activations that the backward pass computes again: none of them, the attention's and the experts' inner
+    ones, whole layers."""
     deterministic: bool = False
-    """On GPUs, only kernels that give the same bits each time (slower). On CPUs a run on one layout always does."""
+    """On GPUs, only kernels that give the same bits each time (slower). On CPUs a run on one layout always
+    does."""
 
     @field_validator("global_batch_size")
     @classmethod
@@ -73,8 +78,9 @@ class TrainingConfig(Section):
         micro, whole = info.data.get("micro_batch_size"), info.data.get("global_batch_size")
         if warmup and micro and whole and (whole % warmup.start or warmup.start % micro):
             raise ValueError(
-                f"start {warmup.start} must divide global_batch_size {whole} and be a multiple of micro_batch_size {micro};"
-                f" the nearest that would do: {_nearest_start(warmup.start, micro, whole)}"
+                f"start {warmup.start} must divide global_batch_size {whole} and be a multiple of"
+                f" micro_batch_size {micro}; the nearest that would do:"
+                f" {_nearest_start(warmup.start, micro, whole)}"
             )
         return warmup
 
@@ -94,7 +100,8 @@ def _nearest_start(start: int, micro: int, whole: int) -> int:
 
 
 class OptimizerConfig(Section):
-    """AdamW. The defaults are the JetMoE paper's; it does not state betas and eps, these are the usual ones."""
+    """AdamW. The defaults are the JetMoE paper's; it does not state betas and eps, these are the usual
+    ones."""
 
     lr: float = Field(5.0e-4, gt=0)
     """The peak, which the schedule scales."""
@@ -119,7 +126,8 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate, in tokens: warm-up, then stable and decay (wsd), cosine, or constant. JetMoE paper, eq. 13."""
+    """The learning rate, in tokens: warm-up, then stable and decay (wsd), cosine, or constant. JetMoE paper,
+    eq. 13."""
 
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: DurationField | None = None
@@ -164,7 +172,8 @@ class WandbConfig(Section):
     """Weights & Biases. One run id across restarts."""
 
     mode: Literal["online", "offline", "disabled"] | None = None
-    """null: online where a key is set up, else offline (written to the run's folder, `wandb sync` sends it later)."""
+    """null: online where a key is set up, else offline (written to the run's folder, `wandb sync` sends it
+    later)."""
     project: str = "moe-train"
     entity: str | None = None
     name: str | None = None

@@ -14,7 +14,16 @@ from moe_train.cli import main
 from moe_train.errors import DamagedError, HardwareError, PolicyStop, StoppedError, UserError
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["pretrain", "branch", "prepare", "tokenizer train", "mix", "checkpoint list", "checkpoint verify", "checkpoint convert"]
+VERBS = [
+    "pretrain",
+    "branch",
+    "prepare",
+    "tokenizer train",
+    "mix",
+    "checkpoint list",
+    "checkpoint verify",
+    "checkpoint convert",
+]
 VERBS += ["score", "generate"]
 
 
@@ -71,7 +80,8 @@ def test_mistakes_are_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError, 2), (StoppedError, 3), (DamagedError, 4), (HardwareError, 5), (PolicyStop, 6)]
+    ("error", "code"),
+    [(UserError, 2), (StoppedError, 3), (DamagedError, 4), (HardwareError, 5), (PolicyStop, 6)],
 )
 def test_an_error_says_its_status(
     error: type[Exception], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -84,7 +94,9 @@ def test_an_error_says_its_status(
     assert capsys.readouterr().err == "error: what and where\n"
 
 
-def test_a_bug_is_a_traceback_and_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_a_traceback_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stand_in(monkeypatch, "moe_train.training.run", pretrain=lambda *_: {}["missing"])
     assert main(["pretrain", "demo"]) == 1
     text = capsys.readouterr().err
@@ -107,7 +119,16 @@ def test_pretrain_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         return 3
 
     stand_in(monkeypatch, "moe_train.training.run", pretrain=pretrain)
-    arguments = ["pretrain", "demo", "optimizer.lr=1e-3", "--nproc", "2", "--training.max_steps=5", "--resume", "never"]
+    arguments = [
+        "pretrain",
+        "demo",
+        "optimizer.lr=1e-3",
+        "--nproc",
+        "2",
+        "--training.max_steps=5",
+        "--resume",
+        "never",
+    ]
     assert main(arguments) == 3
     (config, nproc, resume), *_ = seen
     assert (config.optimizer.lr, config.training.max_steps, nproc, resume) == (1e-3, 5, 2, "never")
@@ -120,7 +141,9 @@ def test_score_and_generate_pass_everything_on(monkeypatch: pytest.MonkeyPatch) 
     stand_in(monkeypatch, "moe_train.inference.generate", generate=note)
     assert main(["score", "ck", "--ids", "i.npy", "parallel.tensor=2", "--out", "o.npz", "--nproc", "2"]) == 0
     assert seen[0] == (("ck", "i.npy", "o.npz", 2, ["parallel.tensor=2"]), {})
-    assert main(["generate", "ck", "--prompt", "-x", "--max-tokens", "3", "--top-p", "0.5", "--seed", "7"]) == 0
+    assert (
+        main(["generate", "ck", "--prompt", "-x", "--max-tokens", "3", "--top-p", "0.5", "--seed", "7"]) == 0
+    )
     assert seen[1][0] == ("ck", "-x")
     expected = {"max_tokens": 3, "temperature": 1.0, "top_p": 0.5, "seed": 7, "nproc": None, "overrides": []}
     assert seen[1][1] == expected
@@ -129,7 +152,11 @@ def test_score_and_generate_pass_everything_on(monkeypatch: pytest.MonkeyPatch) 
 def test_python_dash_m_and_a_reader_that_leaves() -> None:
     """`python -m moe_train` is the command; a closed pipe (`| head -1`) is nobody's mistake."""
     command = f"{sys.executable} -m moe_train --help | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: moe-train")
-    done = subprocess.run([sys.executable, "-m", "moe_train", "mx"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_train", "mx"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: No such command 'mx'")

@@ -1,4 +1,5 @@
-"""Run files: what is read, what is refused, and that every complaint is one line that says where, what and how to mend it."""
+"""Run files: what is read, what is refused, and that every complaint is one line that says where, what and
+how to mend it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from moe_train.units import Duration
 from parallel.errors import LayoutError
 
 MODEL = "vocab_size: 64\nhidden_size: 16\nnum_layers: 2\nattention: {num_kv_heads: 2, head_dim: 8}\n"
-MIXTURE = "sequence_length: 32\nseed: 1\nsources: {a: {paths: [a.bin]}}\nphases: [{name: p, tokens: 100K, weights: {a: 1}}]\n"
+MIXTURE = (
+    "sequence_length: 32\nseed: 1\nsources: {a: {paths: [a.bin]}}\n"
+    "phases: [{name: p, tokens: 100K, weights: {a: 1}}]\n"
+)
 RUN = "output_dir: out\nmodel: model.yaml\ndata:\n  mixture: ../data/mix.yaml\n"
 
 
@@ -46,7 +50,7 @@ def edited(folder: Path, old: str, new: str, name: str = "conf/run.yaml") -> Pat
     return folder / "conf/run.yaml"
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------------------
+# --- what is read -------------------------------------------------------------------------------------------
 
 
 def test_three_keys_are_enough(folder: Path) -> None:
@@ -55,12 +59,19 @@ def test_three_keys_are_enough(folder: Path) -> None:
     assert config.data.mixture == str(folder / "data/mix.yaml")  # relative to the file that names it
     assert config.model.hidden_size == 16 and config.model.mlp.num_experts == 8
     assert config.mixture.sequence_length == 32 and config.total_tokens == 100_000
-    assert config.schedule.warmup == Duration(tokens=1000) and config.schedule.decay == Duration(tokens=20_000)
+    assert config.schedule.warmup == Duration(tokens=1000) and config.schedule.decay == Duration(
+        tokens=20_000
+    )
     assert config.layout(2).data == 2
 
 
 def test_the_resolved_config_loads_to_an_equal_one(folder: Path) -> None:
-    overrides = ["schedule.warmup=3 steps", "logging.wandb={}", "training.max_wall_time=1h30m", "optimizer.betas=[0.8, 0.99]"]
+    overrides = [
+        "schedule.warmup=3 steps",
+        "logging.wandb={}",
+        "training.max_wall_time=1h30m",
+        "optimizer.betas=[0.8, 0.99]",
+    ]
     config = load_run(folder / "conf/run.yaml", overrides)
     resolved = folder / "work" / "config.yaml"
     resolved.write_text(config.to_yaml())
@@ -117,12 +128,17 @@ def test_numbers_with_an_exponent(folder: Path) -> None:
     assert load_run(run).optimizer.lr == 5e-4
 
 
-# --- overrides --------------------------------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dashes", ["", "--"])
 def test_overrides_reach_into_sections_and_files(dashes: str, folder: Path) -> None:
-    overrides = ["model.num_layers=4", "training.max_steps=1K", "data.validation=null", "checkpoint.async=false"]
+    overrides = [
+        "model.num_layers=4",
+        "training.max_steps=1K",
+        "data.validation=null",
+        "checkpoint.async=false",
+    ]
     config = load_run(folder / "conf/run.yaml", [dashes + text for text in overrides])
     assert (config.model.num_layers, config.training.max_steps) == (4, 1000)
     assert config.data.validation is None and config.checkpoint.async_save is False
@@ -131,12 +147,14 @@ def test_overrides_reach_into_sections_and_files(dashes: str, folder: Path) -> N
 def test_paths_of_overrides_are_relative_to_the_working_folder(folder: Path) -> None:
     (folder / "work/other.yaml").write_text(MODEL.replace("16", "32"))
     (folder / "work/mix.yaml").write_text(MIXTURE)
-    config = load_run(folder / "conf/run.yaml", ["model=other.yaml", "model.num_layers=1", "data.mixture=mix.yaml"])
+    config = load_run(
+        folder / "conf/run.yaml", ["model=other.yaml", "model.num_layers=1", "data.mixture=mix.yaml"]
+    )
     assert (config.model.hidden_size, config.model.num_layers) == (32, 1)
     assert config.data.mixture == str(folder / "work/mix.yaml")
-    assert load_run(folder / "conf/run.yaml", ["checkpoint.initialize_from=x/y"]).checkpoint.initialize_from == str(
-        folder / "work/x/y"
-    )
+    assert load_run(
+        folder / "conf/run.yaml", ["checkpoint.initialize_from=x/y"]
+    ).checkpoint.initialize_from == str(folder / "work/x/y")
 
 
 def test_a_replaced_section_need_not_exist(folder: Path) -> None:
@@ -147,13 +165,28 @@ def test_a_replaced_section_need_not_exist(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.max_step=3", "override training.max_step=3: training.max_step: unknown key; did you mean 'max_steps'?"),
+        (
+            "training.max_step=3",
+            "override training.max_step=3: training.max_step: unknown key; did you mean 'max_steps'?",
+        ),
         ("trainig.seed=3", "override trainig.seed=3: trainig: unknown key; did you mean 'training'?"),
-        ("model.attention.topk=3", "override model.attention.topk=3: model.attention.topk: unknown key; did you mean 'top_k'?"),
-        ("optimizer.lr=fast", "override optimizer.lr=fast: optimizer.lr: 'fast' is not accepted; it should be a number"),
+        (
+            "model.attention.topk=3",
+            "override model.attention.topk=3: model.attention.topk: unknown key; did you mean 'top_k'?",
+        ),
+        (
+            "optimizer.lr=fast",
+            "override optimizer.lr=fast: optimizer.lr: 'fast' is not accepted; it should be a number",
+        ),
         ("training.deterministic=on", "'on' is not true or false; write true or false"),
-        ("faults.step_timeout=10", "10 is not a time; write a number with its unit, such as 30s, 10m, 1h or 1h30m"),
-        ("training.global_batch_size=9", "9 is not a multiple of micro_batch_size 4; the nearest that would do: 8"),
+        (
+            "faults.step_timeout=10",
+            "10 is not a time; write a number with its unit, such as 30s, 10m, 1h or 1h30m",
+        ),
+        (
+            "training.global_batch_size=9",
+            "9 is not a multiple of micro_batch_size 4; the nearest that would do: 8",
+        ),
         ("checkpoint.async_save=true", "unknown key; did you mean 'async'?"),
         ("seed", "not of the form a.b=c"),
         ("a..b=3", "not of the form a.b=c"),
@@ -171,7 +204,7 @@ def test_parse_override_reads_yaml() -> None:
     assert keys == ("a", "b") and value.data == {"c": [1, 5e-4, True, "1"]}
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,20 +212,38 @@ def test_parse_override_reads_yaml() -> None:
     [
         ("optimizer: {lrr: 1}", "run.yaml:5: optimizer.lrr: unknown key; did you mean 'lr'?"),
         ("schedule:\n  warm_up: 3", "run.yaml:6: schedule.warm_up: unknown key; did you mean 'warmup'?"),
-        ("training: {precision: fp16}", "run.yaml:5: training.precision: 'fp16' is not accepted; it should be 'fp32', 'bf16' or 'fp8'"),
-        ("training: {deterministic: yes}", "run.yaml:5: training.deterministic: 'yes' is not true or false; write true or false"),
+        (
+            "training: {precision: fp16}",
+            "run.yaml:5: training.precision: 'fp16' is not accepted; it should be 'fp32', 'bf16' or 'fp8'",
+        ),
+        (
+            "training: {deterministic: yes}",
+            "run.yaml:5: training.deterministic: 'yes' is not true or false; write true or false",
+        ),
         ("training: {seed: 1.5}", "run.yaml:5: training.seed: 1.5 is not accepted; it should be an integer"),
         ("training: {seed: true}", "run.yaml:5: training.seed: true is not accepted"),
         ("optimizer: {lr: -1}", "run.yaml:5: optimizer.lr: -1"),
         ("optimizer: {lr: .nan}", "run.yaml:5: optimizer.lr: nan"),
         ("optimizer: {betas: [0.9, 1.0]}", "run.yaml:5: optimizer.betas: betas are two numbers"),
         ("checkpoint: {interval: 0}", "run.yaml:5: checkpoint.interval: must be more than 0"),
-        ("checkpoint: {interval: often}", "run.yaml:5: checkpoint.interval: 'often' is not a duration; write tokens"),
-        ("schedule: {min_lr_ratio: 0}", "run.yaml:5: schedule.min_lr_ratio: an exponential decay never reaches 0"),
-        ("schedule: {warmup: 90K}", "run.yaml:5: schedule.warmup: warmup 90000 + decay 20000 tokens are more than"),
+        (
+            "checkpoint: {interval: often}",
+            "run.yaml:5: checkpoint.interval: 'often' is not a duration; write tokens",
+        ),
+        (
+            "schedule: {min_lr_ratio: 0}",
+            "run.yaml:5: schedule.min_lr_ratio: an exponential decay never reaches 0",
+        ),
+        (
+            "schedule: {warmup: 90K}",
+            "run.yaml:5: schedule.warmup: warmup 90000 + decay 20000 tokens are more than",
+        ),
         ("training: {batch_size_warmup: {start: 3, tokens: 1K}}", "the nearest that would do: 4"),
         ("output_dir: twice", "run.yaml:5: output_dir: the key comes twice (first in line 1)"),
-        ("logging: ${NOT_SET_ANYWHERE}", "run.yaml:5: logging: the environment variable NOT_SET_ANYWHERE is not set"),
+        (
+            "logging: ${NOT_SET_ANYWHERE}",
+            "run.yaml:5: logging: the environment variable NOT_SET_ANYWHERE is not set",
+        ),
         ("logging: [1]", "run.yaml:5: logging: "),
         ("optimizer: adam.yaml", "run.yaml:5: optimizer: there is no file "),
     ],
@@ -229,7 +280,9 @@ def test_sequences_longer_than_the_model_takes(folder: Path) -> None:
 def test_missing_files(folder: Path) -> None:
     assert "there is no file nowhere.yaml" in complaint(Path("nowhere.yaml"))
     assert "is a folder; name the YAML file in it" in complaint(folder / "conf")
-    assert "model: there is no file jetmoe_9b; did you mean 'jetmoe_8b'?" in complaint(folder / "conf/run.yaml", "model=jetmoe_9b")
+    assert "model: there is no file jetmoe_9b; did you mean 'jetmoe_8b'?" in complaint(
+        folder / "conf/run.yaml", "model=jetmoe_9b"
+    )
     assert "run.yaml:4: data.mixture: there is no file" in complaint(edited(folder, "mix.yaml", "gone.yaml"))
 
 
@@ -239,7 +292,7 @@ def test_not_a_run_file(folder: Path, text: str) -> None:
     assert "run.yaml:1: is not a run file" in complaint(folder / "conf/run.yaml")
 
 
-# --- what the parts say together --------------------------------------------------------------------------------------------------
+# --- what the parts say together ----------------------------------------------------------------------------
 
 
 def test_layout_checks_the_first_batches_too(folder: Path) -> None:
@@ -250,7 +303,9 @@ def test_layout_checks_the_first_batches_too(folder: Path) -> None:
 
 
 def test_batch_size_warmup_grows_in_multiples_of_its_start(folder: Path) -> None:
-    training = load_run(folder / "conf/run.yaml", ["training.batch_size_warmup={start: 4, tokens: 1000}"]).training
+    training = load_run(
+        folder / "conf/run.yaml", ["training.batch_size_warmup={start: 4, tokens: 1000}"]
+    ).training
     sizes = [training.batch_size(tokens) for tokens in range(0, 1500, 10)]
     assert sizes[0] == 4 and sizes[-1] == 16 and set(sizes) == {4, 8, 12, 16} and sizes == sorted(sizes)
     assert training.batch_size(999) == 12 and training.batch_size(1000) == 16

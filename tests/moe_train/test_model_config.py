@@ -74,7 +74,9 @@ def test_flops_per_token_by_hand() -> None:
     products += [(24, 44), (24, 44), (44, 24)]  # gate, up, down of 1 expert
     products += [(24, 101)]  # head
     forward = sum(2 * rows * columns for rows, columns in products)
-    forward += 2 * (2 * 3 * 3 * 10 * 64 // 2)  # 3 slots of 3 heads of 10: scores and values, half of 64 positions
+    forward += 2 * (
+        2 * 3 * 3 * 10 * 64 // 2
+    )  # 3 slots of 3 heads of 10: scores and values, half of 64 positions
     assert config.flops_per_token(64) == 3 * forward
 
 

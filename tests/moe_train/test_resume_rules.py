@@ -1,4 +1,5 @@
-"""What may change at a resume: the table covers every key, the page repeats it, and the verdicts follow it."""
+"""What may change at a resume: the table covers every key, the page repeats it, and the verdicts follow
+it."""
 
 from __future__ import annotations
 
@@ -37,12 +38,20 @@ def test_the_page_has_the_same_table() -> None:
 
 
 def test_free_changes_are_nobodys_business() -> None:
-    overrides = ["logging.interval=1 steps", "parallel.expert=1", "logging.wandb=null", "training.max_steps=7", "launch.nodes=2"]
+    overrides = [
+        "logging.interval=1 steps",
+        "parallel.expert=1",
+        "logging.wandb=null",
+        "training.max_steps=7",
+        "launch.nodes=2",
+    ]
     assert check_resume(demo(), demo(*overrides, "checkpoint.async=false", "data.validation=null")) == []
 
 
 def test_recorded_changes_come_back_with_both_values() -> None:
-    new = demo("optimizer.lr=1e-3", "schedule.decay=200K", "model.router.z_coef=0", "training.global_batch_size=32")
+    new = demo(
+        "optimizer.lr=1e-3", "schedule.decay=200K", "model.router.z_coef=0", "training.global_batch_size=32"
+    )
     assert check_resume(demo(), new) == [
         Change("model.router.z_coef", 0.001, 0.0),
         Change("training.global_batch_size", 16, 32),
@@ -58,8 +67,15 @@ def test_a_section_that_appears_is_recorded_key_by_key() -> None:
 
 def test_refused_changes_name_keys_and_both_values() -> None:
     with pytest.raises(UserError) as info:
-        check_resume(demo(), demo("model.num_layers=2", "training.seed=7", "training.precision=bf16", "optimizer.lr=1"))
+        check_resume(
+            demo(), demo("model.num_layers=2", "training.seed=7", "training.precision=bf16", "optimizer.lr=1")
+        )
     text = str(info.value)
     assert "\n" not in text and info.value.exit_code == 2 and "optimizer" not in text
-    for part in ("model.num_layers 4 -> 2", "training.seed 1234 -> 7", "training.precision fp32 -> bf16", "output_dir"):
+    for part in (
+        "model.num_layers 4 -> 2",
+        "training.seed 1234 -> 7",
+        "training.precision fp32 -> bf16",
+        "output_dir",
+    ):
         assert part in text

@@ -11,14 +11,21 @@ from moe_train.units import Duration, format_time, parse_duration, parse_time
 
 @pytest.mark.parametrize(
     ("text", "tokens", "steps"),
-    [("100K", 100_000, None), ("1.25T", 1_250_000_000_000, None), (5_000_000, 5_000_000, None), (5e6, 5_000_000, None)]
+    [
+        ("100K", 100_000, None),
+        ("1.25T", 1_250_000_000_000, None),
+        (5_000_000, 5_000_000, None),
+        (5e6, 5_000_000, None),
+    ]
     + [("100 steps", None, 100), ("1 step", None, 1), ("2K steps", None, 2000), (0, 0, None)],
 )
 def test_durations(text: object, tokens: int | None, steps: int | None) -> None:
     assert parse_duration(text) == Duration(tokens=tokens, steps=steps)
 
 
-@pytest.mark.parametrize("text", ["", "steps", "ten steps", "100 stepps", "-5", -5, 1.5, True, None, [], "10m", "5 k"])
+@pytest.mark.parametrize(
+    "text", ["", "steps", "ten steps", "100 stepps", "-5", -5, 1.5, True, None, [], "10m", "5 k"]
+)
 def test_not_durations(text: object) -> None:
     with pytest.raises(ValueError, match="is not a duration; write tokens"):
         parse_duration(text)
@@ -39,7 +46,15 @@ def test_a_duration_survives_its_text(amount: int, steps: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30), ("10m", 600), ("10 min", 600), ("1h", 3600), ("1h30m", 5400), ("2d", 172800), ("1.5h", 5400)]
+    [
+        ("30s", 30),
+        ("10m", 600),
+        ("10 min", 600),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        ("2d", 172800),
+        ("1.5h", 5400),
+    ]
     + [("1:30:00", 5400), ("2-00:00:10", 172810)],
 )
 def test_times(text: str, seconds: float) -> None:

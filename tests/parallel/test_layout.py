@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from parallel.errors import LayoutError
 from parallel.layout import Layout, ParallelConfig, resolve_layout, smallest_world
 
-SHAPE = dict(num_layers=4, num_kv_heads=4, attention_experts=8, mlp_experts=8, micro_batch_size=2, global_batch_size=16)
+SHAPE = dict(
+    num_layers=4, num_kv_heads=4, attention_experts=8, mlp_experts=8, micro_batch_size=2, global_batch_size=16
+)
 
 
 def resolve(world: int, parallel: dict | None = None, **shape: int) -> Layout:
@@ -56,22 +58,62 @@ def test_a_layout_is_frozen_and_describes_itself() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.tensor = 3  # type: ignore[misc]
     text = layout.describe()
-    assert text.startswith("4 ranks = tensor 1 x pipeline 2 x data 2") and "2 virtual stages" in text and "experts over 2" in text
+    assert (
+        text.startswith("4 ranks = tensor 1 x pipeline 2 x data 2")
+        and "2 virtual stages" in text
+        and "experts over 2" in text
+    )
 
 
 @pytest.mark.parametrize(
     ("world", "parallel", "shape", "reason", "remedy"),
     [
         (2, {"tensor": 3}, {}, "parallel.tensor 3 does not divide the 4 kv heads", "parallel.tensor: 2"),
-        (4, {"tensor": 4}, {"num_kv_heads": 6}, "parallel.tensor 4 does not divide the 6 kv heads", "parallel.tensor: 2"),
-        (3, {"pipeline": 3}, {"global_batch_size": 12}, "parallel.pipeline 3 does not divide the 4 layers", "parallel.pipeline: 1"),
-        (2, {"pipeline": 2, "virtual_pipeline": 3}, {}, "= 6 does not divide the 4 layers", "parallel.virtual_pipeline: 2"),
-        (2, {"virtual_pipeline": 2}, {}, "needs parallel.pipeline of 2 or more", "parallel.virtual_pipeline: 1"),
+        (
+            4,
+            {"tensor": 4},
+            {"num_kv_heads": 6},
+            "parallel.tensor 4 does not divide the 6 kv heads",
+            "parallel.tensor: 2",
+        ),
+        (
+            3,
+            {"pipeline": 3},
+            {"global_batch_size": 12},
+            "parallel.pipeline 3 does not divide the 4 layers",
+            "parallel.pipeline: 1",
+        ),
+        (
+            2,
+            {"pipeline": 2, "virtual_pipeline": 3},
+            {},
+            "= 6 does not divide the 4 layers",
+            "parallel.virtual_pipeline: 2",
+        ),
+        (
+            2,
+            {"virtual_pipeline": 2},
+            {},
+            "needs parallel.pipeline of 2 or more",
+            "parallel.virtual_pipeline: 1",
+        ),
         (6, {"tensor": 2, "pipeline": 2}, {}, "= 4 does not divide the 6 processes", "4 processes"),
         (4, {"expert": 3}, {}, "parallel.expert 3 does not divide the 8 MLP experts", "parallel.expert: 2"),
-        (4, {"expert": 4}, {"attention_experts": 6}, "does not divide the 6 attention experts", "parallel.expert: 2"),
+        (
+            4,
+            {"expert": 4},
+            {"attention_experts": 6},
+            "does not divide the 6 attention experts",
+            "parallel.expert: 2",
+        ),
         (2, {"expert": 4}, {}, "does not divide tensor 1 x data 2 = 2", "parallel.expert: 2"),
-        (2, {}, {"global_batch_size": 7}, "7 is not a multiple of micro_batch_size 2 x data 2 = 4", "training.global_batch_size: 8"),
+        (
+            2,
+            {},
+            {"global_batch_size": 7},
+            "7 is not a multiple of micro_batch_size 2 x data 2 = 4",
+            "training.global_batch_size: 8",
+        ),
         (3, {"expert": 2}, {}, "does not divide tensor 1 x data 3 = 3", "2 processes"),
         (
             2,
@@ -82,7 +124,9 @@ def test_a_layout_is_frozen_and_describes_itself() -> None:
         ),
     ],
 )
-def test_refusals_name_the_reason_and_the_nearest(world: int, parallel: dict, shape: dict, reason: str, remedy: str) -> None:
+def test_refusals_name_the_reason_and_the_nearest(
+    world: int, parallel: dict, shape: dict, reason: str, remedy: str
+) -> None:
     message = refusal(world, parallel, **shape)
     assert reason in message
     assert message.endswith(f"the nearest that would do: {remedy}")
@@ -104,7 +148,6 @@ def test_the_smallest_world() -> None:
     assert smallest_world(ParallelConfig(expert=8)) == 8
 
 
-
 @settings(max_examples=200, deadline=None)
 @given(
     world=st.integers(1, 16),
@@ -118,7 +161,9 @@ def test_the_smallest_world() -> None:
     micro=st.integers(1, 4),
     batch=st.integers(1, 48),
 )
-def test_every_remedy_is_true(world, tensor, pipeline, virtual, expert, layers, heads, experts, micro, batch) -> None:
+def test_every_remedy_is_true(
+    world, tensor, pipeline, virtual, expert, layers, heads, experts, micro, batch
+) -> None:
     """Whatever is refused: what the message proposes is accepted."""
     parallel = dict(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert)
     shape = dict(
