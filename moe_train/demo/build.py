@@ -1,0 +1,106 @@
+"""From this machine's text to what training reads: corpora, tokenizer, token files. What is complete is not built again.
+
+    build/demo/raw/SOURCE.jsonl  ->  tokenizer.model  ->  SOURCE.bin/.idx, SOURCE.heldout.bin/.idx, SOURCE.manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_train.demo import corpora
+
+VOCAB_SIZE = 4096  # of configs/model/demo.yaml
+
+# The part of a source's documents that is never trained on: each gives validation its 64 windows of 256 tokens and some.
+HOLDOUT = {"code": 0.03, "prose": 0.03, "reference": 0.2, "math": 0.03}
+
+STAMP = "complete.json"
+
+
+def build(folder: Path, console: Console) -> None:
+    """Make `folder` hold the demo's corpora and tokenizer; returns at once when it holds them already.
+
+    Raises UserError or DataError, one line.
+    """
+    inputs = _inputs()
+    if _is_complete(folder, inputs):
+        console.print(f"corpora and tokenizer are in {folder} already")
+        return
+    console.print(f"building corpora and tokenizer from this machine's own text in {folder}")
+    _remove(folder)
+
+    begun = time.monotonic()
+    sizes: dict[str, int] = {}
+    raw = corpora.build_corpora(folder / "raw", done=sizes.__setitem__)
+    begun = _tell(console, "text", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()), begun)
+
+    from data_pipeline.prepare import prepare
+    from data_pipeline.tokenizer import train_tokenizer
+
+    model = folder / "tokenizer.model"
+    train_tokenizer(raw.values(), model, VOCAB_SIZE)
+    begun = _tell(console, "tokenizer", f"{VOCAB_SIZE} entries", begun)
+    counts = []
+    for name, path in raw.items():
+        workers = min(4, os.cpu_count() or 1)
+        report = prepare([path], folder / name, model, workers, holdout=HOLDOUT[name], progress=False)
+        counts.append(f"{name} {report.train.tokens / 1e6:.2f}M")
+    _tell(console, "tokens", ", ".join(counts), begun)
+
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / STAMP).write_text(json.dumps({"inputs": inputs, "files": files}, indent=1) + "\n")
+
+
+def unigram_entropies(folder: Path) -> dict[str, float]:
+    """Nats per token of each source's held-out token frequencies: no model that knows only frequencies can lose less there."""
+    entropies = {}
+    for name in HOLDOUT:
+        manifest = json.loads((folder / f"{name}.manifest.json").read_text(encoding="utf-8"))
+        entropies[name] = manifest["splits"]["heldout"]["unigram_entropy"]
+    return entropies
+
+
+def _inputs() -> str:
+    """A hash of all that the built files depend on: Python, the files that are read, the tokenizer's library, this code."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(sys.version.encode() + metadata.version("sentencepiece").encode())
+    for name, path in corpora.library_files({*corpora.CODE_PACKAGES, *corpora.PROSE_PACKAGES}):
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
+    for module in ("build.py", "corpora.py", "exercises.py"):
+        digest.update(Path(__file__).with_name(module).read_bytes())
+    return digest.hexdigest()
+
+
+def _is_complete(folder: Path, inputs: str) -> bool:
+    try:
+        stamp = json.loads((folder / STAMP).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in stamp["files"]}
+    except (OSError, ValueError, KeyError):
+        return False
+    return stamp["inputs"] == inputs and sizes == stamp["files"]
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier build left, and nothing else."""
+    shutil.rmtree(folder / "raw", ignore_errors=True)
+    names = [STAMP, "tokenizer.model"]
+    for source in HOLDOUT:
+        names += [f"{source}{end}" for end in (".manifest.json", ".bin", ".idx", ".heldout.bin", ".heldout.idx")]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _tell(console: Console, what: str, result: str, begun: float) -> float:
+    """A line about a finished part and how long it took; returns the time now."""
+    now = time.monotonic()
+    console.print(f"  {what:<10} {result} ({now - begun:.1f} s)", highlight=False)
+    return now
