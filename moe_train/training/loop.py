@@ -1,0 +1,114 @@
+"""The training loop. Reads top to bottom: data, gradients, judgement, update, record, validate, save, stop."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from moe_train.checkpoint.save import Checkpointer
+from moe_train.training.recorder import Recorder
+from moe_train.training.signals import StopRequest
+from moe_train.training.trainer import Trainer
+from moe_train.training.watchdog import Watchdog
+from moe_train.units import Duration
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What the ranks agree on after forward and backward; losses are means over the global batch."""
+
+    loss: float
+    load_balancing_loss: float
+    z_loss: float
+    gradient_norm: float
+    expert_loads: dict[str, dict[str, float]]
+    stop: bool
+
+
+def train(
+    trainer: Trainer, recorder: Recorder, checkpointer: Checkpointer, stop: StopRequest, watchdog: Watchdog
+) -> str | None:
+    """Train until the mixture ends, ``max_steps`` is reached, or a stop is asked for.
+
+    Returns None when the run is complete, else why it stopped; in both cases the last step is saved.
+    """
+    config = trainer.config
+    reason = None
+    watchdog.arm("the first step", 2 * config.faults.step_timeout)
+    while not trainer.complete:
+        began = time.perf_counter()
+        position, tokens = trainer.position, trainer.tokens
+        batch_size = trainer.next_batch_size()
+        step, lr, phase = position.step + 1, trainer.schedule(tokens), trainer.stream.phase_at(position.samples)
+
+        figures = _gradients(trainer, batch_size, stop)
+        fault = trainer.guard.judge(step, figures.loss, figures.gradient_norm)
+        if fault is None:
+            trainer.optimizer.update(lr, figures.gradient_norm)
+        else:
+            trainer.skip(position.samples, position.samples + batch_size)
+            recorder.skipped(step, fault, position.samples, batch_size)
+        position.step, position.samples = step, position.samples + batch_size
+
+        line = {
+            "step": step,
+            "tokens": trainer.tokens,
+            "phase": phase,
+            "loss": figures.loss,
+            "load_balancing_loss": figures.load_balancing_loss,
+            "z_loss": figures.z_loss,
+            "grad_norm": figures.gradient_norm,
+            "lr": lr,
+            **recorder.speed(trainer.tokens - tokens, time.perf_counter() - began),
+        }
+        if _due(config.logging.interval, step, tokens, trainer.tokens):
+            line["routers"] = figures.expert_loads
+        if trainer.validation and _due(config.data.validation.interval, step, tokens, trainer.tokens, trainer.complete):
+            with watchdog.allow(10 * config.faults.step_timeout, "validation"):
+                line.update(trainer.validation.run())
+        recorder.step(line, figures.expert_loads)
+
+        if figures.stop:
+            reason = _agreed_reason(trainer, stop)
+        if reason or _due(config.checkpoint.interval, step, tokens, trainer.tokens, trainer.complete):
+            with watchdog.allow(10 * config.faults.step_timeout, "a checkpoint"):
+                recorder.before_save()
+                checkpointer.save(step, {**trainer.run_state(), **recorder.state()})
+        if reason:
+            break
+        watchdog.feed(f"step {step + 1}")
+    with watchdog.allow(10 * config.faults.step_timeout, "the last checkpoint"):
+        checkpointer.wait()
+    watchdog.disarm()
+    return reason
+
+
+def _gradients(trainer: Trainer, batch_size: int, stop: StopRequest) -> StepFigures:
+    """Forward and backward of one global batch, and one sum over all ranks of everything that is to be known of it."""
+    topology, layout = trainer.topology, trainer.topology.layout
+    count = batch_size // trainer.config.training.micro_batch_size
+    trainer.optimizer.zero_grad()
+    trainer.monitor.reset()
+    loss = trainer.stepper.train(trainer.read_micro_batches())
+    norm = trainer.optimizer.gradient_norm()
+    own = torch.tensor([loss / layout.tensor, float(stop.reason() is not None)], dtype=torch.float64, device=topology.device)
+    totals = topology.sum_over_world(torch.cat([own, trainer.monitor.totals]))
+    balance, z = trainer.monitor.losses(totals[2:], count)
+    return StepFigures(float(totals[0]) / count, balance, z, norm, trainer.monitor.loads(totals[2:]), bool(totals[1] > 0))
+
+
+def _agreed_reason(trainer: Trainer, stop: StopRequest) -> str:
+    """The first rank's reason to stop; one of them has one."""
+    return next(reason for reason in trainer.topology.gather(stop.reason()) if reason)
+
+
+def _due(interval: Duration | None, step: int, before: int, after: int, last: bool = False) -> bool:
+    """Whether ``interval`` (steps, or tokens) ends with this step, which took the run from ``before`` to ``after`` tokens."""
+    if interval is None:
+        return False
+    if last:
+        return True
+    if interval.steps is not None:
+        return step % interval.steps == 0
+    return after // interval.tokens > before // interval.tokens

@@ -1,0 +1,64 @@
+"""What can be said about a run before a rank is started: without torch, in well under a second."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.sources import open_sources
+from moe_train.config import RunConfig, load_run
+from moe_train.errors import UserError
+from moe_train.resume_rules import Change, check_resume
+from moe_train.training.run_folder import RunFolder
+
+
+def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
+    """Check layout, corpora and the run's folder; return what changed since the last start and is to be recorded.
+
+    Raises:
+        an error with ``exit_code`` 2, one line, for whatever would stop the run later.
+    """
+    config.layout(world_size)
+    if config.training.precision == "fp8":
+        raise UserError("training.precision: fp8 needs Transformer Engine and a GPU that has it; set bf16 or fp32")
+    if not config.data.mixture:
+        raise UserError("data.mixture is not set")
+    open_sources(config.mixture, config.model.vocab_size)
+    folder = RunFolder(config.output_dir)
+    if resume == "never" and folder.holds_run:
+        raise UserError(f"{folder.path} holds a run and --resume never was given: choose another output_dir, or --resume auto")
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise UserError(f"--resume {resume}: no such checkpoint; give auto, never, or the path of an iter_* folder")
+    if resume == "auto" and folder.config_path.exists() and last_checkpoint_state(folder) is not None:
+        return check_resume(load_run(folder.config_path, with_mixture=False), config)
+    return []
+
+
+def last_checkpoint_state(folder: RunFolder) -> dict[str, Any] | None:
+    """The run state of the newest checkpoint that the folder's pointer names, or None where there is none to read."""
+    try:
+        step = int((folder.checkpoints / "latest_checkpointed_iteration.txt").read_text())
+        return json.loads((folder.checkpoints / f"iter_{step:07d}" / "run_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def completion(config: RunConfig) -> str | None:
+    """How to go on with a run whose last checkpoint leaves nothing to do; None where there is something to do."""
+    folder = RunFolder(config.output_dir)
+    state = last_checkpoint_state(folder)
+    if state is None or folder.read_outcome().get("code") != 0:
+        return None
+    limit = config.training.max_steps
+    if limit is not None and state["step"] >= limit:
+        return (
+            f"{folder.path} is complete: step {state['step']} of training.max_steps {limit}. "
+            f"To go on: raise training.max_steps, or set it to null for the whole mixture"
+        )
+    batch = config.training.batch_size(state["tokens"])
+    if state["samples"] + batch <= config.mixture.num_samples:
+        return None
+    return (
+        f"{folder.path} is complete: step {state['step']}, {state['tokens']:,} tokens, the whole mixture. To go on: give the last phase "
+        f"of {config.data.mixture} more tokens, or add a phase, and start it again"
+    )

@@ -1,0 +1,113 @@
+"""What a run leaves behind as it goes, written by rank 0 alone: metrics, events, console, trackers, ledger."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_train.resume_rules import Change
+from moe_train.training.console import Console
+from moe_train.training.throughput import Throughput
+from moe_train.training.tracking import Trackers
+from moe_train.training.trainer import Trainer
+from parallel.spawn import rank_log_path
+
+
+class Recorder:
+    """The written side of a run. On ranks other than 0 every method but :meth:`speed` does nothing.
+
+    Args:
+        trainer: the run, brought to where it goes on.
+        changes: what differs from the config of the last start and is to be recorded.
+    """
+
+    def __init__(self, trainer: Trainer, changes: list[Change]):
+        self.trainer, self.folder = trainer, trainer.folder
+        config, topology = trainer.config, trainer.topology
+        self.active = topology.rank == 0
+        cuda = topology.device.type == "cuda"
+        self._throughput = Throughput(
+            config.model.flops_per_token(trainer.sequence_length),
+            topology.layout.world_size,
+            torch.cuda.get_device_name() if cuda else "cpu",
+        )
+        if not self.active:
+            return
+        start = self.folder.start(config.to_yaml())
+        self.total_tokens = trainer.stream.num_samples * trainer.sequence_length
+        self.console = Console(self.total_tokens, rank_log_path(self.folder.logs, 0))
+        self._metrics = self.folder.open_metrics(trainer.position.step)
+        self._trackers = Trackers(
+            config.logging,
+            self.folder.path,
+            config.model_dump(mode="json", by_alias=True),
+            trainer.position.step,
+            trainer.tokens,
+            trainer.previous_state.get("trackers"),
+            self.console.warn,
+        )
+        self._announce(start, changes)
+
+    def speed(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """Tokens per second and what follows from it, for a step."""
+        return self._throughput.measure(tokens, seconds)
+
+    def step(self, line: dict[str, Any], loads: dict[str, dict[str, float]]) -> None:
+        """Record a finished step."""
+        if not self.active:
+            return
+        self._metrics.append(line)
+        due = "routers" in line
+        self.console.step(line, due)
+        self.console.router_health(line["step"], loads)
+        scores = {name: value for name, value in line.items() if name.startswith("validation/")}
+        if scores:
+            self.console.say(f"  held-out at step {line['step']}: " + ", ".join(
+                f"{name.removeprefix('validation/')} {value:.4f}" for name, value in scores.items()
+            ))
+        if due or scores:
+            self._trackers.log(line)
+
+    def skipped(self, step: int, fault: str, first_sample: int, count: int) -> None:
+        """Record an update that was not made."""
+        if not self.active:
+            return
+        self.folder.event("skip", step, reason=fault, first_sample=first_sample, samples=count)
+        self.folder.write_ledger(self.trainer.ledger.to_dict())
+        self.console.warn(f"step {step}: {fault}; update skipped")
+
+    def before_save(self) -> None:
+        """Bring to the disk what a checkpoint takes for granted."""
+        if self.active:
+            self._metrics.sync()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the trackers (known to rank 0, which writes it)."""
+        return {"trackers": self._trackers.state()} if self.active else {}
+
+    def finish(self, code: int, reason: str) -> None:
+        """Close everything and leave outcome.json."""
+        if not self.active:
+            return
+        self.console.summary(reason, {"metrics": self.folder.metrics_path, "checkpoints": self.folder.checkpoints})
+        self._metrics.close()
+        self._trackers.close(code)
+        self.console.close()
+        self.folder.finish(code, reason, self.trainer.position.step)
+
+    def _announce(self, start: int, changes: list[Change]) -> None:
+        trainer, say = self.trainer, self.console.say
+        config, position = trainer.config, trainer.position
+        say(f"{config.output_dir}: start {start}, {trainer.topology.layout.describe()}, {config.training.precision}")
+        say(f"model: {config.model.num_parameters():,} parameters, {config.model.num_active_parameters():,} active")
+        if trainer.resumed_from is not None:
+            say(f"resumed from {trainer.resumed_from} at step {position.step}, {trainer.tokens:,} of {self.total_tokens:,} tokens")
+            self.folder.event("resume", position.step, checkpoint=str(trainer.resumed_from))
+        for change in changes:
+            say(f"changed since the last start: {change}")
+            self.folder.event("change", position.step, key=change.key, old=change.old, new=change.new)
+        ledger = trainer.ledger.to_dict()
+        if trainer.previous_state and ledger != trainer.previous_state["ledger"]:
+            say("the mixture was edited: its new form counts from here on")
+            self.folder.event("mixture", position.step, first_sample=position.samples)
+        self.folder.write_ledger(ledger)

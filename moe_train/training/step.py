@@ -1,0 +1,72 @@
+"""Forward and backward over the micro-batches of one step, on megatron-core's pipeline schedules."""
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from parallel.topology import Topology
+
+
+class Stepper:
+    """Runs micro-batches of ``[micro_batch_size, S + 1]`` token ids through the model.
+
+    Args:
+        chunks: this rank's chunks of the model, wrapped for data parallelism.
+        topology: this rank's place.
+        sequence_length: S.
+        micro_batch_size: sequences of one micro-batch.
+    """
+
+    def __init__(
+        self, chunks: list[DistributedDataParallel], topology: Topology, sequence_length: int, micro_batch_size: int
+    ):
+        self.chunks, self.topology = chunks, topology
+        self.micro_batch_size = micro_batch_size
+        ranks = topology.layout.tensor
+        self.padded_length = -(-sequence_length // ranks) * ranks
+        self._schedule = get_forward_backward_func()
+
+    def train(self, micro_batches: list[torch.Tensor]) -> float:
+        """Accumulate the gradients of these micro-batches, each weighted by one over their number.
+
+        Returns the sum of their losses on the ranks of the last stage, 0 elsewhere. Gradients are reduced when it returns.
+        """
+        losses = self._run(micro_batches, forward_only=False)
+        return float(torch.stack([loss for loss, _ in losses]).double().sum()) if losses else 0.0
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[torch.Tensor]) -> torch.Tensor:
+        """The loss of each sequence, ``[micro-batches * B]`` in fp64, on the ranks of the last stage; zeros elsewhere."""
+        for chunk in self.chunks:
+            chunk.eval()
+        losses = self._run(micro_batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        if not losses:
+            return torch.zeros(len(micro_batches) * self.micro_batch_size, dtype=torch.float64, device=self.topology.device)
+        return torch.cat([nll_bs.double().mean(dim=1) for _, nll_bs in losses])
+
+    def _run(self, micro_batches: list[torch.Tensor], forward_only: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        several = len(self.chunks) > 1
+        iterators = [iter(micro_batches) for _ in self.chunks]  # first and last chunk each read every micro-batch
+        return self._schedule(
+            forward_step_func=_forward,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.padded_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+
+def _forward(iterator, chunk):
+    """One micro-batch through one chunk, as megatron-core's schedules call it."""
+    windows = next(iterator)
+    output = chunk(windows[:, :-1], windows[:, 1:])
+    if not isinstance(output, tuple):
+        return output, None
+    loss, nll_bs = output
+    # The schedule divides the loss in place: what is reported must be another tensor.
+    return loss, lambda loss: (loss, (loss.detach().clone(), nll_bs))

@@ -1,0 +1,167 @@
+"""One rank's part of a run, put together: engine, model, optimizer, data, and where the run stands."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.heldout import open_heldout
+from data_pipeline.ledger import Ledger
+from data_pipeline.loader import Loader
+from data_pipeline.sources import open_sources
+from data_pipeline.stream import SampleStream
+from moe_train.checkpoint.load import check_same_model, find_checkpoint, load_checkpoint, read_run_state
+from moe_train.checkpoint.weights import resolve_checkpoint
+from moe_train.config import RunConfig
+from moe_train.model.build import DTYPES, build_model
+from moe_train.model.jetmoe import ModelOptions
+from moe_train.training.faults import FaultGuard
+from moe_train.training.optimizer import Optimizer, wrap_data_parallel
+from moe_train.training.router_monitor import RouterMonitor
+from moe_train.training.run_folder import RunFolder
+from moe_train.training.schedule import LearningRate
+from moe_train.training.step import Stepper
+from moe_train.training.validation import Validation
+from parallel.topology import Topology
+
+
+@dataclass
+class Position:
+    """Where a run stands: everything else follows from the config and the ledger."""
+
+    step: int = 0
+    samples: int = 0
+
+    def tokens(self, sequence_length: int) -> int:
+        return self.samples * sequence_length
+
+
+class Trainer:
+    """Builds what one rank needs and brings it to where the run stands.
+
+    Args:
+        config: the resolved run.
+        topology: this rank's place.
+        resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Attributes:
+        resumed_from: the checkpoint that was loaded, or None.
+        previous_state: the run state of that checkpoint (empty without one).
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, resume: str):
+        self.config, self.topology = config, topology
+        self.folder = RunFolder(config.output_dir)
+        self.position = Position()
+        self.guard = FaultGuard(config.faults)
+        self._build_model()
+        self._load(resume)
+        self._open_data()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far."""
+        return self.position.tokens(self.sequence_length)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.config.mixture.sequence_length
+
+    def next_batch_size(self) -> int:
+        """Sequences of the next optimizer step."""
+        return self.config.training.batch_size(self.tokens)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no whole batch left, or ``max_steps`` is reached."""
+        limit = self.config.training.max_steps
+        if limit is not None and self.position.step >= limit:
+            return True
+        return self.position.samples + self.next_batch_size() > self.stream.num_samples
+
+    def read_micro_batches(self) -> list[torch.Tensor]:
+        """This data rank's micro-batches of the next step, ``[micro_batch_size, S + 1]`` each."""
+        training = self.config.training
+        count = self.next_batch_size() // (training.micro_batch_size * self.topology.layout.data)
+        return [torch.from_numpy(next(self.loader)).to(self.topology.device) for _ in range(count)]
+
+    def run_state(self) -> dict:
+        """What a checkpoint keeps beside the tensors."""
+        return {
+            "step": self.position.step,
+            "samples": self.position.samples,
+            "tokens": self.tokens,
+            "ledger": self.ledger.to_dict(),
+            "faults": self.guard.state(),
+            "precision": self.config.training.precision,
+            "starts": self.folder.starts,
+        }
+
+    def skip(self, first: int, last: int) -> None:
+        """Record that the samples [first, last) were read but not learnt from."""
+        self.ledger = self.ledger.skip(first, last)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self.loader.close()
+
+    # ---- building
+
+    def _build_model(self) -> None:
+        training = self.config.training
+        dtype = DTYPES[training.precision]
+        options = ModelOptions(
+            dtype=dtype,
+            seed=training.seed,
+            recompute=training.recompute,
+            sharded_attention=self.config.parallel.attention_experts == "sharded",
+        )
+        self.model = build_model(self.config.model, self.topology, options)
+        self.monitor = RouterMonitor(self.model, self.topology)
+        wrapped = wrap_data_parallel(self.model, overlap=self.topology.device.type == "cuda")
+        self.optimizer = Optimizer(wrapped, self.config.optimizer, bf16=dtype == torch.bfloat16)
+        self.stepper = Stepper(
+            wrapped, self.topology, self.config.mixture.sequence_length, training.micro_batch_size
+        )
+
+    def _load(self, resume: str) -> None:
+        self.previous_state: dict = {}
+        self.resumed_from: Path | None = None
+        if resume != "never":
+            self.resumed_from = find_checkpoint(self.folder.checkpoints, resume, topology=self.topology)
+        if self.resumed_from is not None:
+            check_same_model(read_run_state(self.resumed_from), self.config.model)
+            self.previous_state = load_checkpoint(self.resumed_from, self.model, self.optimizer, self.topology)
+            self.position = Position(self.previous_state["step"], self.previous_state["samples"])
+            self.guard.restore(self.previous_state["faults"])
+        elif self.config.checkpoint.initialize_from is not None:
+            source = resolve_checkpoint(self.config.checkpoint.initialize_from)
+            check_same_model(read_run_state(source), self.config.model)
+            load_checkpoint(source, self.model, None, self.topology)
+            self.optimizer.reload_main_parameters()
+
+    def _open_data(self) -> None:
+        config, mixture = self.config, self.config.mixture
+        sources = open_sources(mixture, config.model.vocab_size)
+        if self.previous_state:
+            before = Ledger.from_json(self.previous_state["ledger"])
+            self.ledger = before.resume(mixture, sources, self.position.samples)
+        else:
+            self.ledger = Ledger.start(mixture, sources)
+        self.stream = SampleStream(self.ledger, sources)
+        self.loader = Loader(
+            self.stream,
+            self.position.samples,
+            lambda samples: config.training.batch_size(samples * mixture.sequence_length),
+            config.training.micro_batch_size,
+            self.topology.data_rank,
+            self.topology.layout.data,
+        )
+        self.schedule = LearningRate(
+            config.schedule, config.optimizer.lr, self.stream.num_samples * mixture.sequence_length, config.tokens_per_step
+        )
+        self.validation = None
+        if config.data.validation is not None:
+            heldout = open_heldout(mixture, config.model.vocab_size)
+            self.validation = Validation(heldout, config.data.validation.samples, self.stepper, self.topology)
