@@ -157,6 +157,23 @@ def render_difference(rows: list[dict[str, Any]], name: str, other: str) -> Tabl
     return result
 
 
+def planned(ledger: Ledger) -> str:
+    """The tables of `render_mix` as text, for a terminal or a log."""
+    return as_text(render_mix(mix_table(ledger)))
+
+
+def as_text(tables: Iterable[Table], width: int | None = None) -> str:
+    """rich tables as plain text, as wide as they need to be (or `width`)."""
+    from rich.console import Console
+
+    tables = list(tables)
+    console = Console(width=width or 200, color_system=None)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 def _table(title: str, first: str, *columns: str) -> Table:
     from rich.table import Table
 

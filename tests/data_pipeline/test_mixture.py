@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import MixtureConfig, expand, load_mixture
 from data_pipeline.sources import open_sources
-from tests.data_pipeline.conftest import write_corpus
+from tests.data_pipeline.corpora import write_corpus
 
 GOOD = """\
 sequence_length: 16
