@@ -21,15 +21,11 @@ def dry_run(config: RunConfig, nproc: int | None = None) -> None:
     Raises what `pretrain` would raise: a layout that does not divide, a missing corpus, a source whose epochs
     run out.
     """
-    from data_pipeline.report import planned
-
-    from data_pipeline.ledger import Ledger
-    from data_pipeline.sources import open_sources
+    from data_pipeline.report import plan, planned
 
     world = nproc or _launched_processes() or smallest_world(config.parallel)
     layout = config.layout(world)
-    sources = open_sources(config.mixture, vocab_size=config.model.vocab_size)
-    ledger = Ledger.start(config.mixture, sources)
+    ledger = plan(config.mixture, config.model.vocab_size)
     print(config.to_yaml())
     for line in [*model_lines(config), *run_lines(config, layout)]:
         print(line)

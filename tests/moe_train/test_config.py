@@ -80,6 +80,13 @@ def test_the_resolved_config_loads_to_an_equal_one(folder: Path) -> None:
     assert "async: true" in config.to_yaml() and "max_wall_time: 1h30m" in config.to_yaml()
 
 
+def test_a_config_travels_as_json(folder: Path) -> None:
+    """How a run gives it to its ranks."""
+    overrides = ["training.max_wall_time=90s", "logging.wandb={}", "checkpoint.keep_every=3 steps"]
+    config = load_run(folder / "conf/run.yaml", overrides)
+    assert RunConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
+
+
 def test_every_preset_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", "/data")
     assert {"jetmoe_8b", "jetmoe_4b", "demo", "bench_60m"} <= set(preset_names("model"))
