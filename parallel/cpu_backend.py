@@ -8,12 +8,14 @@ outlive its reason. Installed once a process by :func:`parallel.engine.start`, o
 """
 from __future__ import annotations
 
+import ctypes
 import importlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -96,6 +98,19 @@ def _no_rng_state(device="cuda", clone=False, graph_safe=False):
     return torch.empty(0, dtype=torch.uint8)
 
 
+def _unless_alone(collective: Callable) -> Callable:
+    """A collective on a slice of its own buffer: nothing to do in a group of one, where gloo would copy the buffer twice."""
+
+    def run(output, input, *args, group=None, **kwargs):
+        if dist.get_world_size(group) > 1:
+            return collective(output, input, *args, group=group, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input)
+        return None
+
+    return run
+
+
 def stand_ins() -> list[StandIn]:
     """Everything that is replaced. Importing the callers is left to :func:`install`."""
     mcore = "megatron.core."
@@ -127,12 +142,40 @@ def stand_ins() -> list[StandIn]:
             mcore + "optimizer.distrib_optimizer",
             "model_param.type() == 'torch.cuda.FloatTensor'",
         ),
+        # Gradient reduction and parameter gathering of the distributed optimizer.
+        StandIn(
+            ddp_buffer + ".dist_reduce_scatter_func",
+            _unless_alone(dist.reduce_scatter_tensor),
+            ddp_buffer,
+            "dist_reduce_scatter_func(",
+        ),
+        StandIn(
+            ddp_buffer + ".dist_all_gather_func",
+            _unless_alone(dist.all_gather_into_tensor),
+            ddp_buffer,
+            "dist_all_gather_func(",
+        ),
         # Small tensors made with a literal device.
         StandIn(mcore + "pipeline_parallel.schedules.torch", _TORCH_ON_CPU, mcore + "pipeline_parallel.schedules", literal[0]),
         StandIn(mcore + "optimizer.optimizer.torch", _TORCH_ON_CPU, mcore + "optimizer.optimizer", literal[1]),
         StandIn(mcore + "optimizer.clip_grads.torch", _TORCH_ON_CPU, mcore + "optimizer.clip_grads", literal[1]),
         StandIn(mcore + "utils.torch", _TORCH_ON_CPU, mcore + "utils", literal[1]),
     ]
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones.
+
+    By default a block of more than a few MB is mapped for each tensor and given back when it is freed, and the page
+    faults of every new one cost more than many of the operations on it. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 _installed = False
@@ -143,6 +186,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    keep_freed_memory()
     for stand_in in stand_ins():
         importlib.import_module(stand_in.caller)
         owner, name = stand_in.target.rsplit(".", 1)

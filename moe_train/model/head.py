@@ -52,11 +52,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_nh) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x_nh.device) if with_grad else None
         valid_weight = weight[: head.valid]
-        chunk = max(64, LOGITS_PER_CHUNK // len(weight))
+        chunk = min(count, max(64, LOGITS_PER_CHUNK // len(weight)))
+        buffer = x_nh.new_empty(chunk, head.valid)
         for begin in range(0, count, chunk):
             part = slice(begin, min(begin + chunk, count))
             x, labels = x_nh[part], labels_n[part] - head.first
-            logits = (x @ valid_weight.t()).float()
+            logits = torch.mm(x, valid_weight.t(), out=buffer[: len(x)]).float()
             nll[part], probability, ours = _softmax_statistics(logits, labels, head)
             if with_grad:
                 rows = torch.arange(len(x), device=x.device)[ours]

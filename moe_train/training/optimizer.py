@@ -12,7 +12,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -114,9 +113,10 @@ class Optimizer:
 
     def update(self, lr: float, gradient_norm: float) -> None:
         """Clip to ``clip_grad`` and apply one AdamW update with learning rate ``lr``."""
+        excess = gradient_norm / self.clip_grad if self.clip_grad is not None else 0.0
         for part in self._parts:
-            if self.clip_grad is not None:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, gradient_norm)
+            if excess > 1.0:
+                torch._foreach_div_([main.grad for main in part.get_parameters()], excess)
             for group in part.optimizer.param_groups:
                 group["lr"] = lr
         self._chain.step_with_ready_grads()
