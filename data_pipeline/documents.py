@@ -1,4 +1,4 @@
-"""Raw text as a stream of documents: ``.txt`` (one document a file), ``.jsonl`` and ``.jsonl.gz`` (one a line)."""
+"""Raw text as a stream of documents: ``.txt`` (one a file), ``.jsonl`` and ``.jsonl.gz`` (one a line)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Document(NamedTuple):
 
 
 def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files that `inputs` (files, folders, patterns) stand for: in the order given, sorted within a folder or pattern.
+    """The files that `inputs` (files, folders, patterns) stand for: in the order given, sorted within a
+    folder or pattern.
 
     Raises DataError: nothing there, or a kind of file that is not read.
     """
@@ -47,7 +48,9 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     for given in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         path = os.fspath(given)
         if os.path.isdir(path):
-            found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and file.name.endswith(ENDINGS))
+            found = sorted(
+                str(file) for file in Path(path).rglob("*") if file.is_file() and file.name.endswith(ENDINGS)
+            )
             if not found:
                 raise DataError(f"{path}: the folder holds no {', '.join(ENDINGS)} file; check the path")
         elif os.path.isfile(path):
@@ -66,7 +69,7 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 class RawReader:
-    """Iterates over the raw documents of `files`, one after the other. ``bytes_read`` counts bytes on disk, for progress."""
+    """Iterates over the raw documents of `files`. ``bytes_read`` counts bytes on disk, for progress."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self.files = list(files)

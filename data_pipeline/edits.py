@@ -27,19 +27,29 @@ def _fed(mixture: MixtureConfig, number: int) -> tuple[str, int, dict[str, int]]
 
 
 def check_past(
-    ledger: Ledger, new: MixtureConfig, facts: Mapping[str, SourceFacts], tokenizer: str | None, at_sample: int
+    ledger: Ledger,
+    new: MixtureConfig,
+    facts: Mapping[str, SourceFacts],
+    tokenizer: str | None,
+    at_sample: int,
 ) -> None:
-    """Raise DataError when `new` says other than `ledger` about the samples before `at_sample` (at least 1)."""
+    """Raise DataError when `new` says other than `ledger` about the samples before `at_sample` (> 0)."""
     old = ledger.segments[ledger.segment_at(at_sample - 1)].mixture
     branch = "start a new run for it"
     if new.seed != old.seed:
-        raise DataError(f"the mixture's seed was changed from {old.seed} to {new.seed}; set it back, or {branch}")
+        raise DataError(
+            f"the mixture's seed was changed from {old.seed} to {new.seed}; set it back, or {branch}"
+        )
     if new.sequence_length != old.sequence_length:
         raise DataError(
-            f"the mixture's sequence_length was changed from {old.sequence_length} to {new.sequence_length}; set it back, or {branch}"
+            f"the mixture's sequence_length was changed from {old.sequence_length} to "
+            f"{new.sequence_length}; set it back, or {branch}"
         )
     if None not in (tokenizer, ledger.tokenizer) and tokenizer != ledger.tokenizer:
-        raise DataError(f"the mixture's tokenizer {new.tokenizer} is not the one this run began with; set it back, or {branch}")
+        raise DataError(
+            f"the mixture's tokenizer {new.tokenizer} is not the one this run began with; set it "
+            f"back, or {branch}"
+        )
     _check_content(ledger, facts, at_sample)
     _check_phases(old, new, at_sample, branch)
 
@@ -50,32 +60,39 @@ def _check_content(ledger: Ledger, facts: Mapping[str, SourceFacts], at_sample: 
         before = ledger.sources.get(name)
         if before is not None and before != now and cursors[name]:
             raise DataError(
-                f"source {name!r} has other content than when this run read it ({format_count(before.num_tokens)} tokens then, "
-                f"{format_count(now.num_tokens)} now); give the new content a new name, or put the old files back"
+                f"source {name!r} has other content than when this run read it "
+                f"({format_count(before.num_tokens)} tokens then, "
+                f"{format_count(now.num_tokens)} now); give the new content a new name, or put the "
+                "old files back"
             )
 
 
 def _check_phases(old: MixtureConfig, new: MixtureConfig, at_sample: int, branch: str) -> None:
     begin, length = 0, old.sequence_length
-    for number, (phase, old_end) in enumerate(zip(old.phases, old.phase_ends)):
+    for number, (phase, old_end) in enumerate(zip(old.phases, old.phase_ends, strict=True)):
         if begin >= at_sample:
             return
         begin = old_end
         if number >= len(new.phases) or new.phases[number].name != phase.name:
             found = f"found {new.phases[number].name!r}" if number < len(new.phases) else "it was removed"
-            raise DataError(f"phase {number + 1} has begun as {phase.name!r} but {found}; put it back, or {branch}")
+            raise DataError(
+                f"phase {number + 1} has begun as {phase.name!r} but {found}; put it back, or {branch}"
+            )
         other, new_end = new.phases[number], new.phase_ends[number]
         if old_end < at_sample and other.tokens != phase.tokens:
             raise DataError(
-                f"phase {phase.name!r} is finished with {phase.tokens} tokens but now has {other.tokens}; set it back, and add or "
+                f"phase {phase.name!r} is finished with {phase.tokens} tokens but now has "
+                f"{other.tokens}; set it back, and add or "
                 f"lengthen a later phase"
             )
         if new_end < min(old_end, at_sample):
             raise DataError(
-                f"phase {phase.name!r} was shortened to {other.tokens} tokens, to before now: {at_sample * length} tokens of the run "
+                f"phase {phase.name!r} was shortened to {other.tokens} tokens, to before now: "
+                f"{at_sample * length} tokens of the run "
                 f"are fed; let it end at or after now"
             )
         if new_end <= at_sample and integer_weights(other.weights) != integer_weights(phase.weights):
             raise DataError(
-                f"the weights of phase {phase.name!r} were changed but it is finished; set them back, and change those of a later phase"
+                f"the weights of phase {phase.name!r} were changed but it is finished; set them "
+                "back, and change those of a later phase"
             )

@@ -16,8 +16,9 @@ from data_pipeline.sources import read_manifest
 class HeldOut:
     """The held-out shards of one source.
 
-    Attributes: ``name``, ``num_tokens``, ``unigram_entropy`` (nats per token of the source's training text, by its manifest; None
-    without one: what a model's loss must go below to have learnt anything but frequencies).
+    Attributes: ``name``, ``num_tokens``, ``unigram_entropy`` (nats per token of the source's training text,
+    by its manifest; None without one: what a model's loss must go below to have learnt anything but
+    frequencies).
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class HeldOut:
     def _window(self, number: int) -> np.ndarray:
         for shard, count in self._windows:
             if number < count:
-                tokens = shard.tokens(number * self.sequence_length, self.sequence_length + 1).astype(np.int64)
+                tokens = shard.tokens(number * self.sequence_length, self.sequence_length + 1).astype(
+                    np.int64
+                )
                 if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
                     raise DataError(
-                        f"source {self.name!r}: {shard.prefix}.bin holds token id {tokens.max()} but the vocabulary has "
+                        f"source {self.name!r}: {shard.prefix}.bin holds token id {tokens.max()} "
+                        "but the vocabulary has "
                         f"{self.vocab_size} ids; prepare it with the tokenizer of this mixture"
                     )
                 return tokens
@@ -56,20 +60,26 @@ class HeldOut:
 
 
 def open_heldout(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[str, HeldOut]:
-    """The held-out text of every source that has any (``PREFIX.heldout.bin`` beside a training shard), by name."""
+    """The held-out text of every source that has any (``PREFIX.heldout.bin`` by a shard), by name."""
     found = {}
     for name in mixture.sources:
         prefixes = mixture.shards(name)
-        shards = [IndexedReader(prefix + HELDOUT) for prefix in prefixes if os.path.exists(prefix + HELDOUT + ".bin")]
+        shards = [
+            IndexedReader(prefix + HELDOUT)
+            for prefix in prefixes
+            if os.path.exists(prefix + HELDOUT + ".bin")
+        ]
         if any(shard.num_tokens for shard in shards):
             found[name] = HeldOut(name, shards, mixture.sequence_length, source_entropy(prefixes), vocab_size)
     return found
 
 
 def source_entropy(prefixes: Sequence[str]) -> float | None:
-    """Unigram entropy of the training text of several shards, nats per token; None when a manifest is missing.
+    """Unigram entropy of the training text of several shards, nats per token; None when a manifest is
+    missing.
 
-    The mean over shards, weighted by tokens: exact for one shard, at most the entropy of the whole for several.
+    The mean over shards, weighted by tokens: exact for one shard, at most the entropy of the whole for
+    several.
     """
     weights, values = [], []
     for prefix in prefixes:

@@ -1,8 +1,8 @@
-"""Token files in Megatron's format: ``PREFIX.bin`` holds the tokens, ``PREFIX.idx`` where each document begins.
+"""Token files in Megatron's format: tokens in ``PREFIX.bin``, where documents begin in ``PREFIX.idx``.
 
-    .idx = magic ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 sequences, u64 entries of the document index,
-           int32 length of each sequence (tokens), int64 byte offset of each, int64 document index (from 0, one more than
-           there are documents)
+    .idx = magic ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 sequences,
+           u64 entries of the document index, int32 length of each sequence (tokens),
+           int64 byte offset of each, int64 document index (from 0, one more than documents)
 
 Files written here open in megatron-core's IndexedDataset, and its own files open here.
 """
@@ -21,7 +21,14 @@ from data_pipeline.errors import DamagedDataError, DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
 _LARGEST_DOCUMENT = 2**31 - 1
@@ -39,7 +46,8 @@ def prefix_of(path: str | os.PathLike[str]) -> str:
 
 
 class IndexedReader:
-    """One shard as a flat stream of tokens. Opening reads a few dozen bytes; the tokens are mapped at the first read.
+    """One shard as a flat stream of tokens. Opening reads a few dozen bytes; the tokens are mapped at the
+    first read.
 
     Attributes: ``prefix``, ``dtype``, ``num_tokens``, ``num_sequences``, ``num_documents``.
 
@@ -62,24 +70,30 @@ class IndexedReader:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the path") from None
         if end != bin_size or bin_size % self.dtype.itemsize:
             raise DamagedDataError(
-                f"{tokens}: holds {bin_size} bytes but its .idx describes {end}; it was cut short or replaced: prepare it again"
+                f"{tokens}: holds {bin_size} bytes but its .idx describes {end}; it was cut short "
+                "or replaced: prepare it again"
             )
         self.num_tokens = bin_size // self.dtype.itemsize
 
     def _read_header(self, header: bytes, index: str, size: int) -> None:
         if len(header) < _HEADER.size or header[:9] != MAGIC:
-            raise DamagedDataError(f"{index}: is not a Megatron .idx file (wrong first bytes); prepare it again")
+            raise DamagedDataError(
+                f"{index}: is not a Megatron .idx file (wrong first bytes); prepare it again"
+            )
         _, version, code, self.num_sequences, entries = _HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
             raise DamagedDataError(
-                f"{index}: has version {version} and dtype code {code}; known are version 1 and {sorted(DTYPES)}"
+                f"{index}: has version {version} and dtype code {code}; known are version 1 and "
+                f"{sorted(DTYPES)}"
             )
         self.dtype = np.dtype(DTYPES[code])
         self.num_documents = max(entries - 1, 0)
         expected = _HEADER.size + self.num_sequences * 12 + entries * 8
         # Files with a mode for each sequence (multimodal data) are longer by one byte a sequence.
         if size not in (expected, expected + self.num_sequences):
-            raise DamagedDataError(f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again")
+            raise DamagedDataError(
+                f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again"
+            )
 
     def _last_byte(self, file) -> int:
         """Where the last sequence ends in the .bin file, from two reads of the index."""
@@ -93,25 +107,31 @@ class IndexedReader:
         return pointer + length * self.dtype.itemsize
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the flat stream, in the file's dtype; a view of the mapped file (read-only)."""
+        """Tokens [start, start + count) of the flat stream: a read-only view of the mapped file."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise IndexError(f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}")
+            raise IndexError(
+                f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}"
+            )
         if self._tokens is None:
             if not self.num_tokens:
                 return np.empty(0, self.dtype)
-            self._tokens = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+            self._tokens = np.memmap(
+                self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,)
+            )
         return self._tokens[start : start + count]
 
     @property
     def document_starts(self) -> np.ndarray:
-        """int64[num_documents + 1]: where each document begins in the flat stream, and the end of the last."""
+        """int64[num_documents + 1]: where each document begins in the flat stream; the end of the last."""
         if self._starts is None:
             offset = _HEADER.size + self.num_sequences * 4
             if not self.num_documents:
                 self._starts = np.zeros(1, np.int64)
                 return self._starts
             pointers = np.memmap(self.prefix + ".idx", "<i8", "r", offset, (self.num_sequences,))
-            documents = np.memmap(self.prefix + ".idx", "<i8", "r", offset + self.num_sequences * 8, (self.num_documents + 1,))
+            documents = np.memmap(
+                self.prefix + ".idx", "<i8", "r", offset + self.num_sequences * 8, (self.num_documents + 1,)
+            )
             bounds = np.append(np.asarray(pointers), self.num_tokens * self.dtype.itemsize)
             self._starts = bounds[documents] // self.dtype.itemsize
         return self._starts
@@ -135,7 +155,9 @@ class IndexedWriter:
     Leaving the block by an exception removes what was written.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer] = np.uint16) -> None:
+    def __init__(
+        self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer] = np.uint16
+    ) -> None:
         self.prefix = prefix_of(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
@@ -148,7 +170,7 @@ class IndexedWriter:
         self._file = open(self.prefix + ".bin.partial", "wb")
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document. Raises DataError when an id does not fit the dtype: nothing is ever truncated."""
+        """Append one document. Raises DataError when an id does not fit the dtype: none is ever cut."""
         self.add_many(ids, [len(ids)])
 
     def add_many(self, ids: np.ndarray, lengths) -> None:
@@ -157,9 +179,13 @@ class IndexedWriter:
         if int(np.sum(lengths)) != len(ids):
             raise ValueError(f"lengths add up to {int(np.sum(lengths))}, not to {len(ids)}")
         if len(ids) and (int(ids.min()) < self._limits.min or int(ids.max()) > self._limits.max):
-            raise DataError(f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary")
+            raise DataError(
+                f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary"
+            )
         if len(lengths) and max(lengths) > _LARGEST_DOCUMENT:
-            raise DataError(f"a document of {max(lengths)} tokens is longer than the format allows (2^31 - 1); split it")
+            raise DataError(
+                f"a document of {max(lengths)} tokens is longer than the format allows (2^31 - 1); split it"
+            )
         data = np.ascontiguousarray(ids, self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -171,7 +197,7 @@ class IndexedWriter:
         return len(self._lengths)
 
     def finish(self) -> dict[str, dict[str, int | str]]:
-        """Write the index and flush both files, under their partial names still: ``{path: {bytes, xxh3_128}}`` by final name."""
+        """Write the index, flush both partial files; ``{path: {bytes, xxh3_128}}`` by final name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

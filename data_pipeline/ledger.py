@@ -1,13 +1,15 @@
-"""The ledger: which mixture fed which samples, and how far each source has been read. With it, sample n is a function of n alone.
+"""The ledger: which mixture fed which samples, and how far each source has been read. With it, sample n is a
+function of n alone.
 
-The ledger is a list of segments. One begins at each phase of the mixture and at each edit of the mixture file during the run; it
-records the cursor of every source at its beginning: how many windows of it were handed out before, since the run began. Within a
-segment `data_pipeline.assignment` says which source feeds sample n and how many of its windows came before; the k-th window of a
-source belongs to epoch k // W, in the order of `data_pipeline.order`. So nothing is repeated or left out within an epoch, whatever
-phases and edits there are, and no file of indices is ever built.
+The ledger is a list of segments. One begins at each phase of the mixture and at each edit of the mixture file
+during the run; it records the cursor of every source at its beginning: how many windows of it were handed out
+before, since the run began. Within a segment `data_pipeline.assignment` says which source feeds sample n and
+how many of its windows came before; the k-th window of a source belongs to epoch k // W, in the order of
+`data_pipeline.order`. So nothing is repeated or left out within an epoch, whatever phases and edits there
+are, and no file of indices is ever built.
 
-A ledger never changes: `resume` and `skip` return new ones. It is stored in every checkpoint, so that a run that falls back to a
-checkpoint from before an edit falls back to its ledger.
+A ledger never changes: `resume` and `skip` return new ones. It is stored in every checkpoint, so that a run
+that falls back to a checkpoint from before an edit falls back to its ledger.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ FORMAT_VERSION = 1
 
 
 class SourceLike(Protocol):
-    """What the ledger must know of a source: `data_pipeline.sources.Source` has it, and so has SourceFacts."""
+    """What the ledger must know of a source: `sources.Source` has it, and so has SourceFacts."""
 
     num_tokens: int
     fingerprint: str
@@ -52,7 +54,8 @@ class Segment:
 
     Attributes:
         first_sample: where it begins; it ends where the next begins, or with its mixture.
-        origin: where the assignment of samples to sources began to count: `first_sample`, or that of an earlier segment when an edit
+        origin: where the assignment of samples to sources began to count: `first_sample`, or that of an
+        earlier segment when an edit
             left the weights of the current phase alone, so that such an edit moves no sample.
         cursors: windows of each source handed out before `first_sample`.
         skipped: ranges [first, last) of samples that were passed over, not trained on.
@@ -76,13 +79,17 @@ class Segment:
 
     def counts(self, sample: int) -> dict[str, int]:
         """Windows that the samples [first_sample, sample) take from each source."""
-        before = self.assignment.counts(self.first_sample - self.origin)
-        return {name: n - before[name] for name, n in self.assignment.counts(sample - self.origin).items()}
+        return self.counts_between(self.first_sample, sample)
+
+    def counts_between(self, first: int, last: int) -> dict[str, int]:
+        """Windows that the samples [first, last), all of this segment, take from each source."""
+        before = self.assignment.counts(first - self.origin)
+        return {name: n - before[name] for name, n in self.assignment.counts(last - self.origin).items()}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where samples come from; arrays of one length. `source` indexes ``Ledger.names``, `segment` ``Ledger.segments``."""
+    """Where samples come from. `source` indexes ``Ledger.names``, `segment` ``Ledger.segments``."""
 
     segment: np.ndarray
     source: np.ndarray
@@ -102,7 +109,7 @@ class Ledger:
 
     @classmethod
     def start(cls, mixture: MixtureConfig, sources: Mapping[str, SourceLike]) -> Ledger:
-        """The ledger of a new run. Raises DataError when a source would be read more often than its max_epochs."""
+        """The ledger of a new run. Raises DataError when a source runs out of its max_epochs."""
         facts = _facts(mixture, sources)
         empty = cls((), facts, mixture.tokenizer_fingerprint())
         ledger = empty._extended(mixture, 0, dict.fromkeys(facts, 0), facts)
@@ -112,16 +119,24 @@ class Ledger:
     def resume(self, mixture: MixtureConfig, sources: Mapping[str, SourceLike], at_sample: int) -> Ledger:
         """The ledger of a run that goes on at `at_sample` with `mixture`, which may have been edited.
 
-        What lies ahead may change: weights (of the current phase too), sources, the length of the current phase, later phases. An
-        edit of the past is a DataError that says what to do. Without any change the ledger itself comes back.
+        What lies ahead may change: weights (of the current phase too), sources, the length of the current
+        phase, later phases. An edit of the past is a DataError that says what to do. Without any change the
+        ledger itself comes back.
         """
         from data_pipeline.edits import check_past, same_future
 
         if not 0 <= at_sample <= self.num_samples:
-            raise DataError(f"sample {at_sample} is outside this run's 0..{self.num_samples}; resume from one of its checkpoints")
+            raise DataError(
+                f"sample {at_sample} is outside this run's 0..{self.num_samples}; resume from one "
+                "of its checkpoints"
+            )
         facts = _facts(mixture, sources)
         if at_sample == 0:
-            return self if self._in_force(0).mixture == mixture and self.sources == facts else Ledger.start(mixture, sources)
+            return (
+                self
+                if self._in_force(0).mixture == mixture and self.sources == facts
+                else Ledger.start(mixture, sources)
+            )
         tokenizer = mixture.tokenizer_fingerprint()
         check_past(self, mixture, facts, tokenizer, at_sample)
         last = self.segments[-1].mixture
@@ -130,29 +145,37 @@ class Ledger:
             return self
         past = tuple(segment for segment in self.segments if segment.first_sample < at_sample)
         cursors = self.cursors(at_sample)
-        ledger = Ledger(past, self.sources, self.tokenizer or tokenizer)._extended(mixture, at_sample, cursors, facts)
+        ledger = Ledger(past, self.sources, self.tokenizer or tokenizer)._extended(
+            mixture, at_sample, cursors, facts
+        )
         ledger._check_epochs(mixture)
         return ledger
 
     def skip(self, first: int, last: int) -> Ledger:
-        """Record that samples [first, last) were passed over. The numbering of samples stays: the run goes on at `last`."""
+        """Record that samples [first, last) were passed over. Numbering stays: the run goes on at `last`."""
         if not 0 <= first < last <= self.num_samples:
             raise DataError(f"samples {first}..{last} cannot be skipped: the run has 0..{self.num_samples}")
         segments = []
-        for segment, end in zip(self.segments, self._ends):
+        for segment, end in zip(self.segments, self._ends, strict=True):
             low, high = max(first, segment.first_sample), min(last, end)
-            segments.append(replace(segment, skipped=_merged([*segment.skipped, (low, high)])) if low < high else segment)
+            segments.append(
+                replace(segment, skipped=_merged([*segment.skipped, (low, high)])) if low < high else segment
+            )
         return replace(self, segments=tuple(segments))
 
     def _extended(
-        self, mixture: MixtureConfig, at_sample: int, cursors: Mapping[str, int], facts: Mapping[str, SourceFacts]
+        self,
+        mixture: MixtureConfig,
+        at_sample: int,
+        cursors: Mapping[str, int],
+        facts: Mapping[str, SourceFacts],
     ) -> Ledger:
         """This ledger up to `at_sample`, and the phases of `mixture` from there on."""
         known = {**self.sources, **facts}
         now = {name: cursors.get(name, 0) for name in sorted(known)}
         segments = list(self.segments)
         begin = 0
-        for phase, end in zip(mixture.phases, mixture.phase_ends):
+        for phase, end in zip(mixture.phases, mixture.phase_ends, strict=True):
             first = max(begin, at_sample)
             if first < end:
                 origin = self._origin(phase, begin, first)
@@ -163,7 +186,8 @@ class Ledger:
             begin = end
         if not segments:
             raise DataError(
-                f"the mixture's phases add up to {mixture.num_tokens} tokens, less than one sequence of {mixture.sequence_length}; "
+                f"the mixture's phases add up to {mixture.num_tokens} tokens, less than one "
+                f"sequence of {mixture.sequence_length}; "
                 f"raise their tokens"
             )
         if segments[-1].mixture is not mixture:  # nothing lies ahead: the past remains as it was
@@ -171,10 +195,12 @@ class Ledger:
         return Ledger(tuple(segments), known, self.tokenizer)
 
     def _origin(self, phase: PhaseConfig, begin: int, first: int) -> int:
-        """Where the assignment of a segment at `first` counts from: on from the segment before when it is the same phase unchanged."""
+        """Where the assignment of a segment at `first` counts from: on, in a phase whose weights stay."""
         if begin < first and self.segments:
             before = self.segments[-1]
-            if before.phase == phase.name and integer_weights(before.config.weights) == integer_weights(phase.weights):
+            if before.phase == phase.name and integer_weights(before.config.weights) == integer_weights(
+                phase.weights
+            ):
                 return before.origin
         return first
 
@@ -186,8 +212,10 @@ class Ledger:
             if source.max_epochs is None or read[name] <= Fraction(repr(source.max_epochs)) * windows:
                 continue
             raise DataError(
-                f"source {name!r} would be read {read[name] / windows:.2f} times but its max_epochs is {source.max_epochs:g}: the "
-                f"phases ask for {format_count(read[name] * length)} tokens of its {format_count(windows * length)}; lower its "
+                f"source {name!r} would be read {read[name] / windows:.2f} times but its "
+                f"max_epochs is {source.max_epochs:g}: the "
+                f"phases ask for {format_count(read[name] * length)} tokens of its "
+                f"{format_count(windows * length)}; lower its "
                 f"weights or raise max_epochs"
             )
 
@@ -252,12 +280,14 @@ class Ledger:
         return Place(number, source, epoch, window)
 
     def _segment_tables(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each source of a segment's assignment: its index in `names`, and its cursor less the windows taken since `origin`."""
+        """Of each source of a segment's assignment: its index in `names`, its cursor at `origin`."""
         if index not in self._tables:
             segment = self.segments[index]
             before = segment.assignment.counts(segment.first_sample - segment.origin)
             names = np.array([self.names.index(name) for name in segment.assignment.names], np.int64)
-            cursors = np.array([segment.cursors[name] - before[name] for name in segment.assignment.names], np.int64)
+            cursors = np.array(
+                [segment.cursors[name] - before[name] for name in segment.assignment.names], np.int64
+            )
             self._tables[index] = names, cursors
         return self._tables[index]
 
@@ -284,21 +314,21 @@ class Ledger:
         return {name: segment.cursors.get(name, 0) + taken.get(name, 0) for name in self.names}
 
     def consumed(self, upto: int | None = None, since: int = 0) -> list[Consumption]:
-        """What the samples [since, upto) take from each source in each phase, in order of phases, then as the mixture names them."""
+        """What the samples [since, upto) take from each source in each phase, in the mixture's order."""
         upto = self.num_samples if upto is None else upto
         rows: dict[tuple[str, str], list[int]] = {}
-        for segment, end in zip(self.segments, self._ends):
+        for segment, end in zip(self.segments, self._ends, strict=True):
             low, high = max(since, segment.first_sample), min(upto, end)
             if low >= high:
                 continue
+            taken = segment.counts_between(low, high)
+            spans = [(max(first, low), min(last, high)) for first, last in segment.skipped]
+            passed = [segment.counts_between(*span) for span in spans if span[0] < span[1]]
             for name in segment.mixture.sources:
-                if name not in segment.assignment.names:
-                    continue
-                row = rows.setdefault((segment.phase, name), [0, 0])
-                row[0] += segment.counts(high)[name] - segment.counts(low)[name]
-                for first, last in segment.skipped:
-                    first, last = max(first, low), min(last, high)
-                    row[1] += segment.counts(last)[name] - segment.counts(first)[name] if first < last else 0
+                if name in taken:
+                    row = rows.setdefault((segment.phase, name), [0, 0])
+                    row[0] += taken[name]
+                    row[1] += sum(counts[name] for counts in passed)
         length = self.sequence_length
         return [
             Consumption(phase, name, samples, skipped, samples * length, samples / self.windows[name])
@@ -337,14 +367,19 @@ class Ledger:
         try:
             data = json.loads(stored) if isinstance(stored, (str, bytes)) else stored
             if data["format_version"] != FORMAT_VERSION:
-                raise DataError(f"the ledger has format {data['format_version']}, this version reads {FORMAT_VERSION}; update moe-train")
+                raise DataError(
+                    f"the ledger has format {data['format_version']}, this version reads "
+                    f"{FORMAT_VERSION}; update moe-train"
+                )
             sources = {name: SourceFacts(**facts) for name, facts in data["sources"].items()}
             segments = tuple(_segment(item) for item in data["segments"])
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise DamagedDataError(f"the ledger cannot be read ({type(error).__name__}: {reason}); use another checkpoint's") from None
+            raise DamagedDataError(
+                f"the ledger cannot be read ({type(error).__name__}: {reason}); use another checkpoint's"
+            ) from None
         if not segments:
             raise DamagedDataError("the ledger has no segments; use another checkpoint's")
         return cls(segments, sources, data.get("tokenizer"))
@@ -352,7 +387,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Consumption:
-    """What one phase takes from one source. `samples` counts skipped ones too; `epochs` is in passes over the source."""
+    """What one phase takes from one source. `samples` counts skipped ones too; `epochs` are passes."""
 
     phase: str
     source: str
@@ -365,7 +400,8 @@ class Consumption:
 def _segment(item: Mapping[str, Any]) -> Segment:
     if item["order_version"] != order.ORDER_VERSION:
         raise DataError(
-            f"the ledger asks for order version {item['order_version']}, this version of moe-train knows {order.ORDER_VERSION}; update it"
+            f"the ledger asks for order version {item['order_version']}, this version of moe-train "
+            f"knows {order.ORDER_VERSION}; update it"
         )
     return Segment(
         item["first_sample"],
@@ -379,7 +415,10 @@ def _segment(item: Mapping[str, Any]) -> Segment:
 
 
 def _facts(mixture: MixtureConfig, sources: Mapping[str, SourceLike]) -> dict[str, SourceFacts]:
-    return {name: SourceFacts(sources[name].num_tokens, sources[name].fingerprint) for name in sorted(mixture.sources)}
+    return {
+        name: SourceFacts(sources[name].num_tokens, sources[name].fingerprint)
+        for name in sorted(mixture.sources)
+    }
 
 
 def _merged(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

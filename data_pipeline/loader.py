@@ -1,8 +1,9 @@
 """The loader: the micro-batches of one data-parallel rank, read ahead in the background.
 
-A step takes the next `global_batch_size` samples of the stream and cuts them into micro-batches of `micro_batch_size` neighbours.
-Rank d of D gets the micro-batches d, d + D, d + 2D, ... of each step. So how many ranks share the work changes who computes a
-micro-batch, never which samples are in it: router losses, which belong to a micro-batch, do not depend on D.
+A step takes the next `global_batch_size` samples of the stream and cuts them into micro-batches of
+`micro_batch_size` neighbours. Rank d of D gets the micro-batches d, d + D, d + 2D, ... of each step. So how
+many ranks share the work changes who computes a micro-batch, never which samples are in it: router losses,
+which belong to a micro-batch, do not depend on D.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _END = object()
 
 
 class Loader:
-    """An iterator over micro-batches, int64[micro_batch_size, S + 1], from sample `first_sample` to the last whole batch.
+    """An iterator over micro-batches, int64[micro_batch_size, S + 1], from sample `first_sample` to the last
+    whole batch.
 
-    It can be closed, and used in a `with` block. An error of the reading thread is raised by `next`, in its turn.
+    It can be closed, and used in a `with` block. An error of the reading thread is raised by `next`, in its
+    turn.
 
     Args:
         first_sample: the position to begin at; it is all the state there is.
@@ -52,7 +55,9 @@ class Loader:
         self.stream, self.first_sample = stream, first_sample
         self.micro_batch_size, self.data_rank, self.data_size = micro_batch_size, data_rank, data_size
         self.last_sample = stream.num_samples if last_sample is None else min(last_sample, stream.num_samples)
-        self._size = global_batch_size if callable(global_batch_size) else lambda _, size=global_batch_size: size
+        self._size = (
+            global_batch_size if callable(global_batch_size) else lambda _, size=global_batch_size: size
+        )
         self.batch_size_at(first_sample)  # a size that does not divide is an error here, not in the thread
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, read_ahead))
         self._closed = threading.Event()
@@ -64,7 +69,8 @@ class Loader:
         size, unit = self._size(sample), self.micro_batch_size * self.data_size
         if size <= 0 or size % unit:
             raise DataError(
-                f"global_batch_size {size} does not divide into micro-batches of {self.micro_batch_size} on {self.data_size} "
+                f"global_batch_size {size} does not divide into micro-batches of "
+                f"{self.micro_batch_size} on {self.data_size} "
                 f"data-parallel ranks; take a multiple of {unit}"
             )
         return size

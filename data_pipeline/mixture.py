@@ -10,8 +10,9 @@
       - {name: stable, tokens: 1T,   weights: {web: 70, code: 30}}
       - {name: decay,  tokens: 250B, weights: {web: 40, code: 60}}
 
-Weights are relative, and taken as written (39.8 is 199/5). One phase may ask for ``tokens: rest`` when `total_tokens` is given.
-Paths are relative to the mixture file; a path is a ``.bin`` file, its prefix, or a pattern. ``*.heldout.bin`` is never training data.
+Weights are relative, and taken as written (39.8 is 199/5). One phase may ask for ``tokens: rest`` when
+`total_tokens` is given. Paths are relative to the mixture file; a path is a ``.bin`` file, its prefix, or a
+pattern. ``*.heldout.bin`` is never training data.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.errors import DataError
 from data_pipeline.indexed import prefix_of
@@ -88,7 +97,7 @@ class PhaseConfig(_Part):
 
 
 class MixtureConfig(_Part):
-    """The whole mixture, as the file gives it; with :func:`load_mixture` every path is absolute and every ``rest`` a number."""
+    """The whole mixture. From `load_mixture` its paths are absolute; a ``rest`` is a number."""
 
     sequence_length: int = Field(gt=0, le=2**24)
     seed: int = Field(ge=0, lt=2**63)
@@ -107,7 +116,9 @@ class MixtureConfig(_Part):
         if isinstance(data.get("tokenizer"), str):
             data["tokenizer"] = _absolute(data["tokenizer"], base)
         if isinstance(data.get("sources"), dict):
-            data["sources"] = {name: _resolved_source(source, base) for name, source in data["sources"].items()}
+            data["sources"] = {
+                name: _resolved_source(source, base) for name, source in data["sources"].items()
+            }
         return data
 
     @model_validator(mode="after")
@@ -124,7 +135,10 @@ class MixtureConfig(_Part):
         seen: set[str] = set()
         for number, phase in enumerate(self.phases):
             if phase.name in seen:
-                yield ("phases", number, "name"), f"{phase.name!r} is the name of an earlier phase; give it another"
+                yield (
+                    ("phases", number, "name"),
+                    f"{phase.name!r} is the name of an earlier phase; give it another",
+                )
             seen.add(phase.name)
             for name in phase.weights:
                 if name not in self.sources:
@@ -135,17 +149,22 @@ class MixtureConfig(_Part):
             yield ("phases", rest[1], "tokens"), "only one phase can take the rest; give this one a count"
         fixed = sum(phase.tokens for phase in self.phases if phase.tokens != "rest")
         if rest and self.total_tokens is None:
-            yield ("phases", rest[0], "tokens"), "the rest of what is not known; set total_tokens at the top of the file"
+            yield (
+                ("phases", rest[0], "tokens"),
+                "the rest of what is not known; set total_tokens at the top of the file",
+            )
         if self.total_tokens is not None:
             if rest and fixed >= self.total_tokens:
                 yield (
                     ("phases", rest[0], "tokens"),
-                    f"the other phases take {fixed} of total_tokens {self.total_tokens}: no rest is left; raise total_tokens",
+                    f"the other phases take {fixed} of total_tokens {self.total_tokens}: no rest "
+                    "is left; raise total_tokens",
                 )
             if not rest and fixed != self.total_tokens:
                 yield (
                     ("total_tokens",),
-                    f"is {self.total_tokens} but the phases add up to {fixed}; correct one, or let a phase take 'rest'",
+                    f"is {self.total_tokens} but the phases add up to {fixed}; correct one, or let "
+                    "a phase take 'rest'",
                 )
 
     def _with_rest(self) -> MixtureConfig | None:
@@ -155,7 +174,9 @@ class MixtureConfig(_Part):
         tokens = self.total_tokens - sum(phase.tokens for phase in self.phases if phase.tokens != "rest")
         phases = list(self.phases)
         phases[rest[0]] = phases[rest[0]].model_copy(update={"tokens": tokens})
-        object.__setattr__(self, "phases", phases)  # the model is frozen for its users, not yet for its own validator
+        object.__setattr__(
+            self, "phases", phases
+        )  # the model is frozen for its users, not yet for its own validator
         return self
 
     @property
@@ -184,9 +205,16 @@ class MixtureConfig(_Part):
             if not found:
                 raise DataError(f"source {name!r}: {_nothing_at(path)}")
             prefixes += found
-        doubles = {prefix for prefix in prefixes if prefixes.count(prefix) > 1} if len(set(prefixes)) < len(prefixes) else None
+        doubles = (
+            {prefix for prefix in prefixes if prefixes.count(prefix) > 1}
+            if len(set(prefixes)) < len(prefixes)
+            else None
+        )
         if doubles:
-            raise DataError(f"source {name!r}: {min(doubles)} comes twice; weights, not repeated paths, say how much is read")
+            raise DataError(
+                f"source {name!r}: {min(doubles)} comes twice; weights, not repeated paths, say "
+                "how much is read"
+            )
         return prefixes
 
     def tokenizer_fingerprint(self) -> str | None:
@@ -199,7 +227,7 @@ class MixtureConfig(_Part):
 
 
 def expand(path: str) -> list[str]:
-    """The shard prefixes that `path` (a .bin file, a prefix or a pattern) stands for, sorted; held-out files never match."""
+    """The shards that `path` (.bin, prefix or pattern) stands for, sorted; held-out ones never match."""
     if glob.has_magic(path) and not os.path.exists(path):
         found = [prefix_of(match) for match in glob.glob(path, recursive=True) if match.endswith(".bin")]
     else:
@@ -218,7 +246,8 @@ def _nothing_at(path: str) -> str:
 def load_mixture(path: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> MixtureConfig:
     """The mixture of the YAML file `path`, with absolute paths.
 
-    A mistake is one YamlError ``file:line: key: what; how to fix``. The shards themselves are looked for when they are opened.
+    A mistake is one YamlError ``file:line: key: what; how to fix``. The shards themselves are looked for when
+    they are opened.
     """
     return check_mixture(read_yaml(path, env), Path(path).parent)
 
@@ -235,4 +264,6 @@ def _absolute(path: str, base: str) -> str:
 def _resolved_source(source: Any, base: str) -> Any:
     if not isinstance(source, dict) or not isinstance(source.get("paths"), list):
         return source
-    return source | {"paths": [_absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]}
+    return source | {
+        "paths": [_absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]
+    }

@@ -1,15 +1,18 @@
-"""The order in which the windows of a source come within an epoch: a pseudo-random bijection in closed form (order version 1).
+"""The order in which the windows of a source come within an epoch: a pseudo-random bijection in closed form
+(order version 1).
 
-A source is read in chunks of neighbouring windows (2^18 tokens, about half a megabyte), since single reads of 8 KB at random places
-defeat the disk's read-ahead and object stores. The chunks of the whole source are permuted; 64 of them are open at a time (a group,
-2^24 tokens), and the windows of a group are permuted among each other. So the order is random at both scales, and whoever reads it
-in turn touches 64 places at once, each front to back in effect, and never comes back in that epoch.
+A source is read in chunks of neighbouring windows (2^18 tokens, about half a megabyte), since single reads of
+8 KB at random places defeat the disk's read-ahead and object stores. The chunks of the whole source are
+permuted; 64 of them are open at a time (a group, 2^24 tokens), and the windows of a group are permuted among
+each other. So the order is random at both scales, and whoever reads it in turn touches 64 places at once,
+each front to back in effect, and never comes back in that epoch.
 
-Both permutations are Feistel networks on Z_a x Z_b with a * b just above the size, and cycle walking: a bijection on any size, with
-no table. Positions that would fall beyond the source's last window (its last chunk is a part of one) are walked on likewise.
+Both permutations are Feistel networks on Z_a x Z_b with a * b just above the size, and cycle walking: a
+bijection on any size, with no table. Positions that would fall beyond the source's last window (its last
+chunk is a part of one) are walked on likewise.
 
-The order is a function of (seed, source name, epoch) and the number of windows alone. It must never change once runs exist: another
-order needs a new version, and the ledger records the version of each segment.
+The order is a function of (seed, source name, epoch) and the number of windows alone. It must never change
+once runs exist: another order needs a new version, and the ledger records the version of each segment.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _SHIFT, _CHUNKS, _WITHIN = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits in which every input bit reaches every output bit."""
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -68,14 +71,18 @@ def _feistel(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np
 
 
 def shifts(key: int | np.ndarray, epoch: int | np.ndarray, sequence_length: int) -> np.ndarray:
-    """int64: how far the windows of an epoch are shifted along the source's tokens, in [0, sequence_length)."""
+    """int64: how far the windows of an epoch are shifted along the source, in [0, sequence_length)."""
     keys, epochs = np.atleast_1d(np.asarray(key, np.uint64)), np.atleast_1d(np.asarray(epoch, np.uint64))
     with np.errstate(over="ignore"):
         return (_epoch_key(keys, _SHIFT, epochs) % np.uint64(sequence_length)).astype(np.int64)
 
 
 def windows(
-    key: int | np.ndarray, epoch: int | np.ndarray, position: np.ndarray, count: int | np.ndarray, sequence_length: int
+    key: int | np.ndarray,
+    epoch: int | np.ndarray,
+    position: np.ndarray,
+    count: int | np.ndarray,
+    sequence_length: int,
 ) -> np.ndarray:
     """int64[n]: the window that comes at each `position` of `epoch`.
 
@@ -102,7 +109,7 @@ def windows(
 def _place(
     p: np.ndarray, count: np.ndarray, chunk_key: np.ndarray, within_key: np.ndarray, sequence_length: int
 ) -> np.ndarray:
-    """One step of the walk: a bijection on [0, chunks * chunk size), which is `count` rounded up to whole chunks."""
+    """One step of the walk: a bijection on [0, `count` rounded up to whole chunks)."""
     chunk = np.minimum(np.uint64(max(1, _CHUNK_TOKENS // sequence_length)), count)
     chunks = (count + chunk - np.uint64(1)) // chunk
     group = p // (chunk * np.uint64(_GROUP_CHUNKS))

@@ -1,8 +1,9 @@
 """Raw text to token files: ``OUT.bin/.idx``, ``OUT.heldout.bin/.idx`` and ``OUT.manifest.json``.
 
-Documents keep the order of the input. Each ends with the end-of-document token. A document is held out when a hash of its content
-says so, so that the same documents stay held out as the corpus grows. The result is byte-identical for any number of workers.
-Everything is written under ``*.partial`` names and renamed at the end, the manifest last: where there is a manifest the corpus is whole.
+Documents keep the order of the input. Each ends with the end-of-document token. A document is held out when a
+hash of its content says so, so that the same documents stay held out as the corpus grows. The result is
+byte-identical for any number of workers. Everything is written under ``*.partial`` names and renamed at the
+end, the manifest last: where there is a manifest the corpus is whole.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ class SplitReport:
     documents: int = 0
     tokens: int = 0
     unigram_entropy: float = 0.0
-    """Nats per token of the split's own token frequencies: the loss of a model that knows nothing but them."""
+    """Nats per token of the split's own token frequencies: the loss of a model that knows nothing but
+    them."""
 
 
 @dataclass
 class PrepareReport:
-    """What `prepare` did. `bad` counts documents left out, by reason; `examples` are the first of them, ``file:line: reason``."""
+    """What `prepare` did. `bad` counts documents left out, `examples` are ``file:line: reason``."""
 
     prefix: str
     train: SplitReport
@@ -63,9 +65,14 @@ class PrepareReport:
     def summary(self) -> str:
         """A few lines for people."""
         rate = f"{format_count(self.train.tokens / max(self.seconds, 1e-9), 1)} tokens/s"
-        lines = [f"{self.prefix}: {self.train.documents:,} documents, {format_count(self.train.tokens)} tokens ({rate})"]
+        lines = [
+            f"{self.prefix}: {self.train.documents:,} documents, {format_count(self.train.tokens)} "
+            f"tokens ({rate})"
+        ]
         if self.heldout is not None:
-            lines.append(f"held out: {self.heldout.documents:,} documents, {format_count(self.heldout.tokens)} tokens")
+            lines.append(
+                f"held out: {self.heldout.documents:,} documents, {format_count(self.heldout.tokens)} tokens"
+            )
         if self.bad:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.bad.items()))
             lines.append(f"left out: {sum(self.bad.values())} documents ({reasons}), the first of them:")
@@ -93,9 +100,9 @@ def prepare(
         workers: processes that tokenise.
         text_key: the field of a .jsonl line that holds the text.
         holdout: the part of the documents (0 to 0.5) kept for validation.
-        max_bad: how many documents may be left out (malformed, not UTF-8, empty, no field) before it is an error; None: any number.
-        overwrite: replace a corpus that is there already.
-        progress: show a progress bar and a summary on stderr; None: only when it is a terminal.
+        max_bad: how many documents may be left out (malformed, not UTF-8, empty, no field) before it is an
+        error; None: any number. overwrite: replace a corpus that is there already. progress: show a progress
+        bar and a summary on stderr; None: only when it is a terminal.
 
     Raises DataError, one line.
     """
@@ -110,13 +117,19 @@ def prepare(
     files = find_inputs(inputs)
     model = load_tokenizer(tokenizer)
     begun = time.monotonic()
-    command = ["moe-train", "prepare", *map(os.fspath, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
+    command = [
+        "moe-train",
+        "prepare",
+        *map(os.fspath, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs),
+    ]
     command += ["--out", os.path.basename(prefix), "--tokenizer", os.path.basename(os.fspath(tokenizer))]
     command += ["--text-key", text_key] + (["--holdout", str(holdout)] if holdout else [])
     with ExitStack() as stack:
         corpus = stack.enter_context(_Corpus(prefix, model, holdout > 0, max_bad))
         reader = RawReader(files)
-        results = stack.enter_context(_Encoder(os.fspath(tokenizer), model, text_key, holdout, workers)).encode(reader)
+        results = stack.enter_context(
+            _Encoder(os.fspath(tokenizer), model, text_key, holdout, workers)
+        ).encode(reader)
         bar = stack.enter_context(_Progress(reader, sys.stderr.isatty() if progress is None else progress))
         for result in results:
             corpus.add(result)
@@ -193,7 +206,9 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(path: str, text_key: str, holdout: float, model: Tokenizer | None = None) -> None:
     model = model or load_tokenizer(path)
-    _worker.update(model=model, text_key=text_key, limit=int(holdout * 2**64), dtype=dtype_for(model.vocab_size))
+    _worker.update(
+        model=model, text_key=text_key, limit=int(holdout * 2**64), dtype=dtype_for(model.vocab_size)
+    )
 
 
 def _encode_block(block: list[RawDocument]) -> _Block:
@@ -204,7 +219,10 @@ def _encode_block(block: list[RawDocument]) -> _Block:
     encoded = [[*ids, model.eos_id] for ids in model.encode_many(good)]
     flat = np.fromiter(chain.from_iterable(encoded), np.int64)
     if len(flat) and not 0 <= flat.min() <= flat.max() < model.vocab_size:
-        raise DataError(f"the tokenizer gave id {flat.max()}, outside its own vocabulary of {model.vocab_size}; it is damaged")
+        raise DataError(
+            f"the tokenizer gave id {flat.max()}, outside its own vocabulary of "
+            f"{model.vocab_size}; it is damaged"
+        )
     raw_texts = [text.encode("utf-8") for text in good]
     return _Block(
         flat.astype(dtype),
@@ -255,7 +273,9 @@ class _Corpus:
     def __enter__(self) -> _Corpus:
         names = {"train": self.prefix} | ({"heldout": self.prefix + HELDOUT} if self.held_out else {})
         dtype, size = dtype_for(self.model.vocab_size), self.model.vocab_size
-        self.splits = {name: _Split(IndexedWriter(path, dtype), np.zeros(size, np.int64)) for name, path in names.items()}
+        self.splits = {
+            name: _Split(IndexedWriter(path, dtype), np.zeros(size, np.int64)) for name, path in names.items()
+        }
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -270,7 +290,9 @@ class _Corpus:
             if len(self.examples) < _EXAMPLES:
                 self.examples.append(place)
             if self.max_bad is not None and sum(self.bad.values()) > self.max_bad:
-                raise DataError(f"{place}; more than {self.max_bad} bad documents; mend the input or raise max_bad")
+                raise DataError(
+                    f"{place}; more than {self.max_bad} bad documents; mend the input or raise max_bad"
+                )
         self.text_bytes += block.text_bytes
         if not self.held_out:
             self.splits["train"].add(block.ids, block.lengths)
@@ -290,7 +312,10 @@ class _Corpus:
     def finish(self, settings: dict[str, Any]) -> None:
         if not self.splits["train"].writer.num_documents:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.bad.items()))
-            raise DataError(f"{self.prefix}: the inputs hold no usable document ({reasons or 'they are empty'}); check them")
+            raise DataError(
+                f"{self.prefix}: the inputs hold no usable document "
+                f"({reasons or 'they are empty'}); check them"
+            )
         counts = sum(split.counts for split in self.splits.values())
         splits = {name: self._describe(split) for name, split in self.splits.items()}
         manifest = {
@@ -311,24 +336,34 @@ class _Corpus:
         partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         target.unlink(missing_ok=True)
         for end in (".bin", ".idx"):
-            Path(self.prefix + HELDOUT + end).unlink(missing_ok=True)  # of an earlier corpus with a held-out split
+            Path(self.prefix + HELDOUT + end).unlink(
+                missing_ok=True
+            )  # of an earlier corpus with a held-out split
         for split in self.splits.values():
             split.writer.publish()
         os.replace(partial, target)
 
     def _describe(self, split: _Split) -> dict[str, Any]:
         files = split.writer.finish()
-        return vars(split.report()) | {"files": {os.path.basename(path): facts for path, facts in files.items()}}
+        return vars(split.report()) | {
+            "files": {os.path.basename(path): facts for path, facts in files.items()}
+        }
 
     def report(self, seconds: float) -> PrepareReport:
         train, heldout = self.splits["train"].report(), self.splits.get("heldout")
         return PrepareReport(
-            self.prefix, train, heldout.report() if heldout else None, self.text_bytes, dict(self.bad), self.examples, seconds
+            self.prefix,
+            train,
+            heldout.report() if heldout else None,
+            self.text_bytes,
+            dict(self.bad),
+            self.examples,
+            seconds,
         )
 
 
 class _Progress:
-    """A progress bar over the bytes of the inputs, with documents/s and tokens/s; nothing when it is not shown."""
+    """A progress bar over the bytes of the inputs, with documents/s and tokens/s."""
 
     def __init__(self, reader: RawReader, shown: bool) -> None:
         self.reader, self.shown, self._begun = reader, shown, time.monotonic()
@@ -338,7 +373,12 @@ class _Progress:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("tokenise"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
+            columns = (
+                TextColumn("tokenise"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task("tokenise", total=max(1, self.reader.total_bytes), rate="")
@@ -347,7 +387,8 @@ class _Progress:
     def update(self, corpus: _Corpus) -> None:
         if self.shown:
             seconds = max(1e-9, time.monotonic() - self._begun)
-            rate = f"{corpus.documents / seconds:,.0f} documents/s, {format_count(corpus.tokens / seconds, 1)} tokens/s"
+            tokens = format_count(corpus.tokens / seconds, 1)
+            rate = f"{corpus.documents / seconds:,.0f} documents/s, {tokens} tokens/s"
             self._bar.update(self._task, completed=self.reader.bytes_read, rate=rate)
 
     def __exit__(self, *_: object) -> None:

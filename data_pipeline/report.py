@@ -1,4 +1,4 @@
-"""Tables about a mixture: what will be fed, what was fed, how two mixtures differ. Data first (plain dicts, for JSON), then rich."""
+"""Tables about a mixture: what will be fed, what was fed, how two differ. Data for JSON first, then rich."""
 
 from __future__ import annotations
 
@@ -23,21 +23,29 @@ def mix_table(ledger: Ledger, position: int | None = None) -> dict[str, Any]:
     """What a run is fed, by phase and source.
 
     Args:
-        position: the number of samples fed so far; with it every row has ``consumed_tokens`` and ``consumed_epochs`` as well.
+        position: the number of samples fed so far; with it every row has ``consumed_tokens`` and
+        ``consumed_epochs`` as well.
 
     Returns:
-        ``{sequence_length, samples, tokens, seed, phases: [{name, samples, tokens, sources: [row]}], sources: [row]}`` where a row is
-        ``{source, weight, samples, tokens, share, epochs}``: `weight` is the normalised weight asked for (in a phase), `share` the
-        part of the tokens. An edited phase has the weights of its latest segment.
+        ``{sequence_length, samples, tokens, seed, phases: [{name, samples, tokens, sources: [row]}], sources:
+        [row]}`` where a row is ``{source, weight, samples, tokens, share, epochs}``: `weight` is the
+        normalised weight asked for (in a phase), `share` the part of the tokens. An edited phase has the
+        weights of its latest segment.
     """
     rows, fed = ledger.consumed(), None if position is None else ledger.consumed(position)
     weights = {segment.phase: segment.config.normalised() for segment in ledger.segments}
     phases = []
     for name in dict.fromkeys(row.phase for row in rows):
-        part = _rows(ledger, (row for row in rows if row.phase == name), fed and [row for row in fed if row.phase == name])
+        part = _rows(
+            ledger,
+            (row for row in rows if row.phase == name),
+            fed and [row for row in fed if row.phase == name],
+        )
         for row in part:
             row["weight"] = weights[name].get(row["source"], 0.0)
-        phases.append({"name": name, "samples": _sum(part, "samples"), "tokens": _sum(part, "tokens"), "sources": part})
+        phases.append(
+            {"name": name, "samples": _sum(part, "samples"), "tokens": _sum(part, "tokens"), "sources": part}
+        )
     table = {
         "sequence_length": ledger.sequence_length,
         "seed": ledger.mixture.seed,
@@ -47,7 +55,11 @@ def mix_table(ledger: Ledger, position: int | None = None) -> dict[str, Any]:
         "sources": _rows(ledger, rows, fed),
     }
     if position is not None:
-        table["position"] = {"samples": position, "tokens": position * ledger.sequence_length, "phase": _phase(ledger, position)}
+        table["position"] = {
+            "samples": position,
+            "tokens": position * ledger.sequence_length,
+            "phase": _phase(ledger, position),
+        }
         table["segments"] = [_segment(ledger, number) for number in range(len(ledger.segments))]
     return table
 
@@ -60,10 +72,17 @@ def _segment(ledger: Ledger, number: int) -> dict[str, Any]:
     segment = ledger.segments[number]
     skipped = sum(last - first for first, last in segment.skipped)
     weights = segment.config.normalised()
-    return {"first_sample": segment.first_sample, "phase": segment.phase, "weights": weights, "skipped_samples": skipped}
+    return {
+        "first_sample": segment.first_sample,
+        "phase": segment.phase,
+        "weights": weights,
+        "skipped_samples": skipped,
+    }
 
 
-def _rows(ledger: Ledger, rows: Iterable[Consumption], fed: Iterable[Consumption] | None) -> list[dict[str, Any]]:
+def _rows(
+    ledger: Ledger, rows: Iterable[Consumption], fed: Iterable[Consumption] | None
+) -> list[dict[str, Any]]:
     samples, done = _by_source(rows), None if fed is None else _by_source(fed)
     names = [*ledger.mixture.sources, *sorted(set(samples) - set(ledger.mixture.sources))]
     total = sum(samples.values())
@@ -71,15 +90,25 @@ def _rows(ledger: Ledger, rows: Iterable[Consumption], fed: Iterable[Consumption
     for name in names:
         if name not in samples:
             continue
-        row = {"source": name, **_amounts(ledger, name, samples[name]), "share": samples[name] / total if total else 0.0}
+        row = {
+            "source": name,
+            **_amounts(ledger, name, samples[name]),
+            "share": samples[name] / total if total else 0.0,
+        }
         if done is not None:
-            row |= {f"consumed_{key}": value for key, value in _amounts(ledger, name, done.get(name, 0)).items()}
+            row |= {
+                f"consumed_{key}": value for key, value in _amounts(ledger, name, done.get(name, 0)).items()
+            }
         table.append(row)
     return table
 
 
 def _amounts(ledger: Ledger, name: str, samples: int) -> dict[str, Any]:
-    return {"samples": samples, "tokens": samples * ledger.sequence_length, "epochs": samples / ledger.windows[name]}
+    return {
+        "samples": samples,
+        "tokens": samples * ledger.sequence_length,
+        "epochs": samples / ledger.windows[name],
+    }
 
 
 def _by_source(rows: Iterable[Consumption]) -> dict[str, int]:
@@ -94,7 +123,7 @@ def _sum(rows: list[dict[str, Any]], key: str) -> int:
 
 
 def difference(ledger: Ledger, other: Ledger) -> list[dict[str, Any]]:
-    """Rows ``{source, tokens, other_tokens, difference}``, largest change first; difference = other - this."""
+    """Rows ``{source, tokens, other_tokens, difference}``, largest change first."""
     here = {row["source"]: row["tokens"] for row in mix_table(ledger)["sources"]}
     there = {row["source"]: row["tokens"] for row in mix_table(other)["sources"]}
     rows = [
@@ -110,7 +139,7 @@ def difference(ledger: Ledger, other: Ledger) -> list[dict[str, Any]]:
 
 
 def render_mix(table: dict[str, Any]) -> list[Table]:
-    """rich tables of `mix_table`: one a phase, and one of the whole run where there is more than one phase."""
+    """rich tables of `mix_table`: one a phase, and one of the whole run if there are several."""
     history = "position" in table
     tables = []
     for phase in table["phases"]:
@@ -124,7 +153,11 @@ def render_mix(table: dict[str, Any]) -> list[Table]:
 
 def _rendered(title: str, rows: list[dict[str, Any]], history: bool) -> Table:
     weighted = any("weight" in row for row in rows)
-    columns = ["weight"] * weighted + ["tokens", "share", "epochs"] + ["consumed", "epochs so far", "to come"] * history
+    columns = (
+        ["weight"] * weighted
+        + ["tokens", "share", "epochs"]
+        + ["consumed", "epochs so far", "to come"] * history
+    )
     result = _table(title, "source", *columns)
     for row in rows:
         cells = [f"{row['weight']:.4f}"] if weighted else []
@@ -152,7 +185,11 @@ def render_difference(rows: list[dict[str, Any]], name: str, other: str) -> Tabl
     result = _table("tokens by source", "source", name, other, "difference")
     for row in rows:
         sign = "+" if row["difference"] > 0 else ""
-        amounts = [format_count(row["tokens"]), format_count(row["other_tokens"]), sign + format_count(row["difference"])]
+        amounts = [
+            format_count(row["tokens"]),
+            format_count(row["other_tokens"]),
+            sign + format_count(row["difference"]),
+        ]
         result.add_row(row["source"], *amounts)
     return result
 

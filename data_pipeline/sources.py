@@ -1,8 +1,9 @@
 """A source: one corpus on disk, any number of shards, read in windows of sequence_length + 1 tokens.
 
-With T tokens in all and sequences of S tokens, every epoch has W = floor((T - 1) / S) windows. Window w of an epoch starts at token
-(shift + w * S) mod T, wrapping at the end, with the shift drawn for each epoch: so epochs cut the text at different places, and every
-window comes once an epoch. The order in which windows come is `data_pipeline.order`; which sample gets which is the ledger's.
+With T tokens in all and sequences of S tokens, every epoch has W = floor((T - 1) / S) windows. Window w of an
+epoch starts at token (shift + w * S) mod T, wrapping at the end, with the shift drawn for each epoch: so
+epochs cut the text at different places, and every window comes once an epoch. The order in which windows come
+is `data_pipeline.order`; which sample gets which is the ledger's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Source:
 
     Args:
         shards: opened readers, in the order in which the mixture names them.
-        vocab_size: ids of this size and above are refused when a window is read; None checks for negative ids only.
+        vocab_size: ids of this size and above are refused when a window is read; None checks for negative ids
+        only.
     """
 
     def __init__(
@@ -49,7 +51,12 @@ class Source:
         fingerprint: str,
         vocab_size: int | None = None,
     ) -> None:
-        self.name, self.shards, self.fingerprint, self.vocab_size = name, list(shards), fingerprint, vocab_size
+        self.name, self.shards, self.fingerprint, self.vocab_size = (
+            name,
+            list(shards),
+            fingerprint,
+            vocab_size,
+        )
         self.sequence_length = sequence_length
         self.key = order.source_key(seed, name)
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards], dtype=np.int64)
@@ -62,7 +69,8 @@ class Source:
             )
 
     def window(self, epoch: int, window: int) -> np.ndarray:
-        """int64[S + 1]: a window of an epoch; the last token is the first of the next window, wanted as a target only.
+        """int64[S + 1]: a window of an epoch; the last token is the first of the next window, wanted as a
+        target only.
 
         Raises DataError naming the source and the document when a token id lies outside the vocabulary.
         """
@@ -72,20 +80,21 @@ class Source:
         return self.read_window((shift + window * self.sequence_length) % self.num_tokens)
 
     def read_window(self, start: int) -> np.ndarray:
-        """int64[S + 1]: the window that starts at token `start` of the circle, checked against the vocabulary."""
+        """int64[S + 1]: the window at token `start` of the circle, checked against the vocabulary."""
         tokens = self.read(start, self.sequence_length + 1)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
             bad = np.flatnonzero((tokens < 0) | (tokens >= (self.vocab_size or np.iinfo(np.int64).max)))[0]
             shard, offset = self._place((start + int(bad)) % self.num_tokens)
             raise DataError(
-                f"source {self.name!r}: {shard.prefix}.bin, document {shard.document_at(offset)}, holds token id {tokens[bad]} but "
+                f"source {self.name!r}: {shard.prefix}.bin, document {shard.document_at(offset)}, "
+                f"holds token id {tokens[bad]} but "
                 f"the vocabulary has {self.vocab_size} ids; prepare it with the tokenizer of this mixture"
             )
         return tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """int64[count]: tokens [start, start + count) of the circle, over the ends of shards and of the source."""
+        """int64[count]: tokens [start, start + count) of the circle, over ends of shards and source."""
         pieces = []
         while count:
             shard, offset = self._place(start)
@@ -93,7 +102,11 @@ class Source:
             pieces.append(piece)
             count -= len(piece)
             start = (start + len(piece)) % self.num_tokens
-        return np.concatenate(pieces, dtype=np.int64, casting="unsafe") if len(pieces) != 1 else pieces[0].astype(np.int64)
+        return (
+            np.concatenate(pieces, dtype=np.int64, casting="unsafe")
+            if len(pieces) != 1
+            else pieces[0].astype(np.int64)
+        )
 
     def _place(self, token: int) -> tuple[IndexedReader, int]:
         number = int(np.searchsorted(self._ends, token, side="right"))
@@ -106,7 +119,8 @@ def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[
     Args:
         vocab_size: the model's vocabulary. Without it, the tokenizer's where the mixture names one.
 
-    Raises DataError (one line): a shard is missing, too short, made with another tokenizer, or holds ids outside the vocabulary.
+    Raises DataError (one line): a shard is missing, too short, made with another tokenizer, or holds ids
+    outside the vocabulary.
     """
     if vocab_size is None and mixture.tokenizer is not None:
         from data_pipeline.tokenizer import load_tokenizer
@@ -125,7 +139,9 @@ def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, toke
             raise type(error)(f"source {name!r}: {error}") from None
         manifest = read_manifest(prefix)
         if manifest is not None:
-            _check_manifest(name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer)
+            _check_manifest(
+                name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer
+            )
         digest.update(shard_fingerprint(shard, manifest).encode())
         if shard.num_tokens:
             shards.append(shard)
@@ -162,9 +178,11 @@ def manifest_file(manifest: dict[str, Any], path: str) -> dict[str, Any] | None:
 
 
 def shard_fingerprint(shard: IndexedReader, manifest: dict[str, Any] | None) -> str:
-    """What identifies a shard's content: its hash from the manifest, else sizes and a hash of blocks spread over both files.
+    """What identifies a shard's content: its hash from the manifest, else sizes and a hash of blocks spread
+    over both files.
 
-    The second form reads at most half a megabyte of a file of any size; it tells corpora apart, and is no proof against damage.
+    The second form reads at most half a megabyte of a file of any size; it tells corpora apart, and is no
+    proof against damage.
     """
     recorded = manifest_file(manifest, shard.prefix + ".bin") if manifest else None
     if recorded:
@@ -191,10 +209,15 @@ def _check_manifest(
     path = shard.prefix + ".bin"
     recorded = manifest_file(manifest, path)
     if recorded is None:
-        raise DataError(f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again")
+        raise DataError(
+            f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again"
+        )
     size = shard.num_tokens * shard.dtype.itemsize
     if recorded["bytes"] != size:
-        raise DamagedDataError(f"source {name!r}: {path} has {size} bytes, its manifest says {recorded['bytes']}; prepare it again")
+        raise DamagedDataError(
+            f"source {name!r}: {path} has {size} bytes, its manifest says {recorded['bytes']}; "
+            "prepare it again"
+        )
     highest = manifest.get("max_token_id")
     if vocab_size is not None and highest is not None and highest >= vocab_size:
         raise DataError(

@@ -38,19 +38,33 @@ class SampleStream:
         self.num_samples, self.sequence_length = ledger.num_samples, ledger.sequence_length
         for name, source in self.sources.items():
             known = ledger.sources.get(name)
-            if known is None or (known.num_tokens, known.fingerprint) != (source.num_tokens, source.fingerprint):
-                raise DataError(f"source {name!r} is not the one that the ledger records; resume the ledger with the mixture in use")
+            if known is None or (known.num_tokens, known.fingerprint) != (
+                source.num_tokens,
+                source.fingerprint,
+            ):
+                raise DataError(
+                    f"source {name!r} is not the one that the ledger records; resume the ledger "
+                    "with the mixture in use"
+                )
 
     def locate(self, n: int) -> Location:
         """Phase, source, epoch and window of sample `n`."""
         place = self.ledger.locate(np.array([n]))
         phase = self.ledger.segments[int(place.segment[0])].phase
-        return Location(phase, self.ledger.names[int(place.source[0])], int(place.epoch[0]), int(place.window[0]))
+        return Location(
+            phase, self.ledger.names[int(place.source[0])], int(place.epoch[0]), int(place.window[0])
+        )
 
     def locate_many(self, n: Sequence[int] | np.ndarray) -> list[Location]:
         """`locate` of each of `n`, at once."""
         place = self.ledger.locate(np.asarray(n))
-        rows = zip(place.segment.tolist(), place.source.tolist(), place.epoch.tolist(), place.window.tolist())
+        rows = zip(
+            place.segment.tolist(),
+            place.source.tolist(),
+            place.epoch.tolist(),
+            place.window.tolist(),
+            strict=True,
+        )
         return [Location(self.ledger.segments[g].phase, self.ledger.names[s], e, w) for g, s, e, w in rows]
 
     def sample(self, n: int) -> np.ndarray:
@@ -60,20 +74,24 @@ class SampleStream:
     def samples(self, n: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64[len(n), S + 1]: the samples `n`, in that order.
 
-        Raises DataError when a source is not opened (removed from the mixture: its past samples need it) or holds a bad token id.
+        Raises DataError when a source is not opened (removed from the mixture: its past samples need it) or
+        holds a bad token id.
         """
         place = self.ledger.locate(np.asarray(n))
         keys = self.ledger.source_keys[place.source]
         starts = order.shifts(keys, place.epoch, self.sequence_length) + place.window * self.sequence_length
         out = np.empty((len(starts), self.sequence_length + 1), np.int64)
-        for row, (source, start) in enumerate(zip(place.source.tolist(), starts.tolist())):
+        for row, (source, start) in enumerate(zip(place.source.tolist(), starts.tolist(), strict=True)):
             opened = self._opened(self.ledger.names[source])
             out[row] = opened.read_window(start % opened.num_tokens)
         return out
 
     def _opened(self, name: str) -> Source:
         if name not in self.sources:
-            raise DataError(f"source {name!r} feeds this sample but is not in the mixture any more; add it to read the past again")
+            raise DataError(
+                f"source {name!r} feeds this sample but is not in the mixture any more; add it to "
+                "read the past again"
+            )
         return self.sources[name]
 
     def phase_at(self, n: int) -> str:

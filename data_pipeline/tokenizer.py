@@ -1,4 +1,5 @@
-"""Tokenizers: train a sentencepiece model, load a sentencepiece ``.model`` or a Hugging Face ``tokenizer.json``.
+"""Tokenizers: train a sentencepiece model, load a sentencepiece ``.model`` or a Hugging Face
+``tokenizer.json``.
 
 sentencepiece and tokenizers are imported when they are needed, not with this module.
 """
@@ -52,7 +53,10 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in the file `path`: sentencepiece (``.model``) or Hugging Face (``.json``)."""
     if not Path(path).is_file():
-        raise DataError(f"tokenizer {path}: there is no such file; check the path, or train one with `moe-train tokenizer train`")
+        raise DataError(
+            f"tokenizer {path}: there is no such file; check the path, or train one with "
+            "`moe-train tokenizer train`"
+        )
     return HuggingFaceTokenizer(path) if str(path).endswith(".json") else SentencePieceTokenizer(path)
 
 
@@ -67,7 +71,9 @@ class SentencePieceTokenizer:
         try:
             self._model.Load(self.path)
         except (RuntimeError, OSError):
-            raise DataError(f"tokenizer {path}: is not a sentencepiece model; give a .model or a tokenizer.json") from None
+            raise DataError(
+                f"tokenizer {path}: is not a sentencepiece model; give a .model or a tokenizer.json"
+            ) from None
         self.vocab_size = self._model.vocab_size()
         self.eos_id = self._model.eos_id()
         if self.eos_id < 0:
@@ -87,7 +93,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``. The end of a document is the first of the usual end tokens that its vocabulary has."""
+    """A ``tokenizer.json``. A document ends with the first of the usual end tokens that it has."""
 
     END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 
@@ -95,17 +101,23 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise DataError(f"tokenizer {path}: needs the package tokenizers; pip install tokenizers") from None
+            raise DataError(
+                f"tokenizer {path}: needs the package tokenizers; pip install tokenizers"
+            ) from None
         self.path = str(path)
         try:
             self._model = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"tokenizer {path}: is not a tokenizer.json ({str(error).splitlines()[0]})") from None
+            raise DataError(
+                f"tokenizer {path}: is not a tokenizer.json ({str(error).splitlines()[0]})"
+            ) from None
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         ends = [self._model.token_to_id(token) for token in self.END_TOKENS]
         known = [end for end in ends if end is not None]
         if not known:
-            raise DataError(f"tokenizer {path}: has none of the end tokens {', '.join(self.END_TOKENS)}; add one")
+            raise DataError(
+                f"tokenizer {path}: has none of the end tokens {', '.join(self.END_TOKENS)}; add one"
+            )
         self.eos_id = known[0]
 
     def encode(self, text: str) -> list[int]:
@@ -132,9 +144,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a sentencepiece BPE model on raw text and write it to `out` (``.model`` is added when missing).
 
-    It keeps text as it is (no normalisation, every space kept, digits apart, unknown characters as bytes), has unk, bos and eos at
-    0, 1 and 2, and is the same for the same inputs: one thread, and the documents to learn from (about `sample_bytes` in all) chosen
-    by a hash of their content.
+    It keeps text as it is (no normalisation, every space kept, digits apart, unknown characters as bytes),
+    has unk, bos and eos at 0, 1 and 2, and is the same for the same inputs: one thread, and the documents to
+    learn from (about `sample_bytes` in all) chosen by a hash of their content.
 
     Args:
         inputs: files, folders or patterns of .txt, .jsonl and .jsonl.gz, as `prepare` takes them.
@@ -146,7 +158,10 @@ def train_tokenizer(
 
     target = Path(out) if str(out).endswith(".model") else Path(f"{out}.model")
     if vocab_size < 300:
-        raise DataError(f"vocab_size {vocab_size} is too small; 256 bytes, 3 special ids and some characters need at least 300")
+        raise DataError(
+            f"vocab_size {vocab_size} is too small; 256 bytes, 3 special ids and some characters "
+            "need at least 300"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -172,9 +187,13 @@ def train_tokenizer(
         reason = " ".join(str(error).split())
         limit = reason.partition("<= ")[2].split(".")[0]
         if limit.isdigit():
-            raise DataError(f"vocab_size {vocab_size} is too large for this text; at most {limit}, or give more text") from None
+            raise DataError(
+                f"vocab_size {vocab_size} is too large for this text; at most {limit}, or give more text"
+            ) from None
         if "Vocabulary size is smaller" in reason or "too small" in reason:
-            raise DataError(f"vocab_size {vocab_size} is too small for the characters of this text; raise it") from None
+            raise DataError(
+                f"vocab_size {vocab_size} is too small for the characters of this text; raise it"
+            ) from None
         raise DataError(f"sentencepiece could not train on this text ({reason}); check the inputs") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")

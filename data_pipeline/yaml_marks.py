@@ -1,11 +1,12 @@
 """YAML whose every key remembers its file and line, so that an error can say where it is and how to mend it.
 
-The reader follows YAML 1.2's core schema, not PyYAML's 1.1: ``5e-4`` is a number, ``on``, ``yes`` and ``12:30`` are strings, and a
-number with a leading zero is refused. Duplicate keys, merge keys and recursive aliases are refused. ``${NAME}`` stands for an
-environment variable, which must be set.
+The reader follows YAML 1.2's core schema, not PyYAML's 1.1: ``5e-4`` is a number, ``on``, ``yes`` and
+``12:30`` are strings, and a number with a leading zero is refused. Duplicate keys, merge keys and recursive
+aliases are refused. ``${NAME}`` stands for an environment variable, which must be set.
 
     document = read_yaml("run.yaml")
-    config = validate(RunConfig, document)        # a pydantic model; YamlError: "run.yaml:12: optimizer.lrr: unknown key; ..."
+    config = validate(RunConfig, document)        # a pydantic model; YamlError: "run.yaml:12: optimizer.lrr:
+    unknown key; ..."
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _CONSTANTS |= {"true": True, "True": True, "TRUE": True, "false": False, "False"
 _CONSTANTS |= {".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-# In a flow sequence such as [${DATA}/x.bin] braces end a plain scalar, so variables are carried through the parser between two
-# private-use characters, and put in after it: their values may then hold any character.
+# In a flow sequence such as [${DATA}/x.bin] braces end a plain scalar, so variables are carried through the
+# parser between two private-use characters, and put in after it: their values may then hold any character.
 _CARRIED = re.compile("\ue000([A-Za-z_][A-Za-z0-9_]*)\ue001")
 
 
@@ -44,7 +45,7 @@ class YamlError(DataError):
 
 
 class PlacedError(ValueError):
-    """Raised in a pydantic validator to point at a key below the one that is being validated: ``PlacedError(("a", 0), "...")``."""
+    """Raised in a pydantic validator to point at a key below: ``PlacedError(("a", 0), "...")``."""
 
     def __init__(self, path: KeyPath, message: str) -> None:
         super().__init__(message)
@@ -64,7 +65,7 @@ class Mark:
 
 @dataclass
 class Document:
-    """Plain data (dicts, lists, scalars) and the place of each key: ``marks[("optimizer", "lr")]``; ``()`` is the file."""
+    """Plain data and the place of each key: ``marks[("optimizer", "lr")]``; ``()`` is the file."""
 
     data: Any
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
@@ -79,10 +80,12 @@ class Document:
     def error(self, path: Iterable[str | int], message: str) -> YamlError:
         """An error about `path`, ready to raise: ``file:line: a.b: message``."""
         keys = tuple(path)
-        return YamlError(f"{self.mark(keys)}: {dotted(keys)}: {message}" if keys else f"{self.mark(keys)}: {message}")
+        return YamlError(
+            f"{self.mark(keys)}: {dotted(keys)}: {message}" if keys else f"{self.mark(keys)}: {message}"
+        )
 
     def set(self, path: KeyPath, other: Document) -> None:
-        """Put `other` at `path` (parents are made) with its marks: for sections in files of their own, and overrides."""
+        """Put `other` at `path` (parents are made) with its marks: a section of its own file, or an override."""
         if not path:
             self.data, self.marks = other.data, dict(other.marks)
             return
@@ -115,7 +118,9 @@ def _child(parent: Any, key: str | int, path: KeyPath, other: Document) -> Any:
     try:
         return parent[key]
     except (KeyError, IndexError, TypeError):
-        raise other.error(path, f"there is no {key!r} to set in {type(parent).__name__}; check the path") from None
+        raise other.error(
+            path, f"there is no {key!r} to set in {type(parent).__name__}; check the path"
+        ) from None
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -147,7 +152,8 @@ def suggestion(word: str, known: Iterable[str], what: str = "known keys") -> str
 def read_yaml(path: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Document:
     """The YAML file at `path`. `env` (default: the environment) gives the values of ``${NAME}``.
 
-    Raises YamlError: the file is missing or not UTF-8, its syntax is wrong, a key comes twice, a variable is not set.
+    Raises YamlError: the file is missing or not UTF-8, its syntax is wrong, a key comes twice, a variable is
+    not set.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -159,7 +165,7 @@ def read_yaml(path: str | os.PathLike[str], env: Mapping[str, str] | None = None
 
 
 def parse_yaml(text: str, file: str, env: Mapping[str, str] | None = None, *, lines: bool = True) -> Document:
-    """The YAML in `text`; `file` names it in errors. ``lines=False`` (a command-line value) leaves lines out of the marks."""
+    """The YAML in `text`; errors name it `file`, and with ``lines=False`` (a command-line value) no line."""
     env = os.environ if env is None else env
     builder = _Builder(file, env, lines)
     try:
@@ -169,7 +175,9 @@ def parse_yaml(text: str, file: str, env: Mapping[str, str] | None = None, *, li
         place = Mark(file, mark.line + 1 if mark and lines else 0)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
         problem = " ".join(_CARRIED.sub(r"${\1}", problem).split())
-        raise YamlError(f"{place}: is not valid YAML: {problem}; check indentation, colons and quotes here") from None
+        raise YamlError(
+            f"{place}: is not valid YAML: {problem}; check indentation, colons and quotes here"
+        ) from None
     data = None if node is None else builder.build(node, (), ())
     builder.marks.setdefault((), Mark(file, 1 if lines else 0))
     return Document(data, builder.marks)
@@ -224,14 +232,20 @@ class _Builder:
         if _FLOAT.fullmatch(text):
             return float(text.replace("_", ""))
         if _LEADING_ZERO.fullmatch(text):
-            raise self._error(node, path, f"{text} starts with a zero, which YAML readers take differently; drop it or quote it")
+            raise self._error(
+                node,
+                path,
+                f"{text} starts with a zero, which YAML readers take differently; drop it or quote it",
+            )
         return text
 
     def _expand(self, node: yaml.ScalarNode, path: KeyPath) -> str:
         def value(match: re.Match[str]) -> str:
             name = match.group(1)
             if name not in self.env:
-                message = f"the environment variable {name} is not set; export {name}=... or write the value here"
+                message = (
+                    f"the environment variable {name} is not set; export {name}=... or write the value here"
+                )
                 raise self._error(node, path, message)
             return self.env[name]
 
@@ -242,11 +256,14 @@ class _Builder:
 
     def _error(self, node: yaml.Node, path: KeyPath, message: str) -> YamlError:
         place = dotted(path)
-        return YamlError(f"{self._mark(node)}: {place}: {message}" if place else f"{self._mark(node)}: {message}")
+        return YamlError(
+            f"{self._mark(node)}: {place}: {message}" if place else f"{self._mark(node)}: {message}"
+        )
 
 
 _PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 }
 
 
@@ -270,12 +287,16 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
 
     A misspelt key comes before the missing one that it was meant to be.
     """
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    problems = sorted(
+        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
+    )
     first = problems[0]
     path = _path_in_data(first["loc"], document.data, missing=first["type"] == "missing")
     path += getattr(first.get("ctx", {}).get("error"), "path", ())
     line = str(document.error(path, _message(first, path, model)))
-    others = len({_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path})
+    others = len(
+        {_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path}
+    )
     return f"{line} (and {others} more)" if others else line
 
 
@@ -293,19 +314,25 @@ def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) 
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         text = "a mapping of keys"
     if kind == "literal_error":
-        near = nearest(got, [str(w).strip("'") for w in re.findall(r"'[^']*'", text)]) if isinstance(got, str) else None
+        near = (
+            nearest(got, [str(w).strip("'") for w in re.findall(r"'[^']*'", text)])
+            if isinstance(got, str)
+            else None
+        )
         text += f" (did you mean {near!r}?)" if near else ""
     text = text.replace("a valid integer", "an integer").replace("a valid ", "a ")
     return f"{_short(got)} is not accepted; it should be {text}"
 
 
 def _short(value: Any) -> str:
-    text = "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
+    text = (
+        "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _path_in_data(loc: Iterable[str | int], data: Any, missing: bool) -> KeyPath:
-    """pydantic's location without the names of union members and validators, which are not keys of the file."""
+    """pydantic's location without the names of union members and validators, which are no keys."""
     keys, path = list(loc), []
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
@@ -332,7 +359,9 @@ def _inside(kind: Any, key: str | int) -> list[Any]:
         found = [info.annotation for name, info in kind.model_fields.items() if key in (name, info.alias)]
         return [member for annotation in found for member in _members(annotation)]
     arguments = get_args(kind)
-    if get_origin(kind) is dict or (isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)):
+    if get_origin(kind) is dict or (
+        isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)
+    ):
         return _members(arguments[1])
     return [member for argument in arguments if argument is not Ellipsis for member in _members(argument)]
 

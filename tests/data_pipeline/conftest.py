@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
@@ -13,10 +13,13 @@ from tests.data_pipeline.corpora import write_corpus
 
 @pytest.fixture
 def make_mixture(tmp_path: Path) -> Callable[..., MixtureConfig]:
-    """make_mixture(phases, a=5000, b=700) writes corpora a and b of so many tokens and returns their mixture."""
+    """make_mixture(phases, a=5000, b=700) writes corpora a and b of so many tokens and returns their
+    mixture."""
 
-    def make(phases: list, sequence_length: int = 16, seed: int = 7, max_epochs: dict | None = None, **sizes: int):
-        for number, (name, tokens) in enumerate(sizes.items()):
+    def make(
+        phases: list, sequence_length: int = 16, seed: int = 7, max_epochs: dict | None = None, **sizes: int
+    ):
+        for name, tokens in sizes.items():
             if not (tmp_path / f"{name}.bin").exists():
                 write_corpus(tmp_path / name, tokens, seed=sum(name.encode()))
         limits = max_epochs or {}

@@ -1,4 +1,5 @@
-"""Which source feeds sample n: counts within the proven bound, closed form equal to itself however it is asked."""
+"""Which source feeds sample n: counts within the proven bound, closed form equal to itself however it is
+asked."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.assignment import Assignment, exact_weight, integer_weights
 
@@ -39,7 +41,7 @@ def test_every_prefix_follows_from_locate(values: list, start: int) -> None:
     samples = np.arange(start, start + 64)
     sources, ranks = assignment.locate(samples)
     seen = assignment.counts(start)
-    for sample, source, rank in zip(samples.tolist(), sources.tolist(), ranks.tolist()):
+    for sample, source, rank in zip(samples.tolist(), sources.tolist(), ranks.tolist(), strict=True):
         name = assignment.names[source]
         assert rank == seen[name]
         assert assignment.locate_one(sample) == (source, rank)
@@ -76,7 +78,9 @@ def test_fibonacci_weights_the_deepest_tree() -> None:
 def test_weights_are_taken_as_written() -> None:
     assert integer_weights({"a": 39.8, "b": 19.6, "c": 40.6}) == {"a": 199, "b": 98, "c": 203}
     assert integer_weights({"b": 0.5, "a": 1, "z": 0}) == {"a": 2, "b": 1}
-    assert sum(integer_weights({"a": 0.1234567890123456, "b": 3.3333333333333335, "c": 1e-9}).values()) <= 2**60
+    assert (
+        sum(integer_weights({"a": 0.1234567890123456, "b": 3.3333333333333335, "c": 1e-9}).values()) <= 2**60
+    )
     with pytest.raises(ValueError, match="positive"):
         Assignment({"a": 0})
 

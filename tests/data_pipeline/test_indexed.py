@@ -24,7 +24,11 @@ def write(prefix: Path, dtype: type = np.uint16) -> IndexedReader:
 def test_round_trip(tmp_path: Path, dtype: type) -> None:
     reader = write(tmp_path / "a", dtype)
     flat = np.concatenate(DOCUMENTS)
-    assert (reader.dtype, reader.num_tokens, reader.num_documents) == (np.dtype(dtype), len(flat), len(DOCUMENTS))
+    assert (reader.dtype, reader.num_tokens, reader.num_documents) == (
+        np.dtype(dtype),
+        len(flat),
+        len(DOCUMENTS),
+    )
     assert np.array_equal(reader.tokens(0, len(flat)), flat)
     assert np.array_equal(reader.tokens(3, 10), flat[3:13])
     for number, document in enumerate(DOCUMENTS):
@@ -38,7 +42,9 @@ def test_both_ways_against_megatron_core(tmp_path: Path) -> None:
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     write(tmp_path / "ours")
     theirs = indexed_dataset.IndexedDataset(str(tmp_path / "ours"))
-    assert len(theirs) == len(DOCUMENTS) and theirs.document_indices.tolist() == list(range(len(DOCUMENTS) + 1))
+    assert len(theirs) == len(DOCUMENTS) and theirs.document_indices.tolist() == list(
+        range(len(DOCUMENTS) + 1)
+    )
     for number, document in enumerate(DOCUMENTS):
         assert np.array_equal(theirs[number], document)
 

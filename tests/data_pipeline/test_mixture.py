@@ -40,7 +40,10 @@ def load(folder: Path, text: str) -> MixtureConfig:
 def test_a_good_file(folder: Path) -> None:
     mixture = load(folder, GOOD)
     assert mixture.phase_ends == [62, 93] and mixture.num_samples == 93 and mixture.num_tokens == 1500
-    assert mixture.shards("web") == [str(folder / "web_0"), str(folder / "web_1")]  # sorted, and nothing held out
+    assert mixture.shards("web") == [
+        str(folder / "web_0"),
+        str(folder / "web_1"),
+    ]  # sorted, and nothing held out
     assert mixture.shards("code") == [str(folder / "code")]
     assert mixture.phases[0].normalised()["web"] == pytest.approx(39.8 / 59.4)
     assert set(open_sources(mixture)) == {"web", "code"}
@@ -57,13 +60,21 @@ def test_the_rest(folder: Path) -> None:
     ("old", "new", "expected"),
     [
         ("seed: 3", "sede: 3", "2: sede: unknown key; did you mean 'seed'?"),
-        ("max_epochs: 4", "max_epoch: 4", "5: sources.code.max_epoch: unknown key; did you mean 'max_epochs'?"),
+        (
+            "max_epochs: 4",
+            "max_epoch: 4",
+            "5: sources.code.max_epoch: unknown key; did you mean 'max_epochs'?",
+        ),
         ("{web: 1}", "{wbe: 1}", "10: phases[1].weights.wbe: unknown source; did you mean 'web'?"),
         ("{web: 1}", "{web: -1}", "10: phases[1].weights.web: -1 is not a weight"),
         ("{web: 1}", "{web: 0}", "10: phases[1].weights: all weights are 0"),
         ("{web: 1}", "{web: much}", "10: phases[1].weights.web: 'much' is not accepted"),
         ("tokens: 500", "tokens: 1.5Q", "9: phases[1].tokens: '1.5Q' has the unknown unit 'Q'"),
-        ("tokens: 500", "tokens: rest", "9: phases[1].tokens: the rest of what is not known; set total_tokens"),
+        (
+            "tokens: 500",
+            "tokens: rest",
+            "9: phases[1].tokens: the rest of what is not known; set total_tokens",
+        ),
         ("tokens: 500", "tokens: 0", "9: phases[1].tokens: a phase needs tokens"),
         ("name: two", "name: one", "8: phases[1].name: 'one' is the name of an earlier phase"),
         ("${D}", "${NOT_SET}", "4: sources.web.paths[0]: the environment variable NOT_SET is not set"),
@@ -80,7 +91,11 @@ def test_mistakes_in_the_file(folder: Path, old: str, new: str, expected: str) -
     with pytest.raises(DataError) as info:
         load(folder, GOOD.replace(old, new))
     message = str(info.value)
-    assert message.startswith(f"{folder}/mix.yaml:{expected}") and "\n" not in message and info.value.exit_code == 2
+    assert (
+        message.startswith(f"{folder}/mix.yaml:{expected}")
+        and "\n" not in message
+        and info.value.exit_code == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,10 @@ def test_expand(folder: Path) -> None:
 
 def test_ids_outside_the_vocabulary_are_found_when_a_window_is_read(folder: Path) -> None:
     sources = open_sources(load(folder, GOOD), vocab_size=300)
-    with pytest.raises(DataError, match=r"source 'code': .*code.bin, document \d+, holds token id \d+ but the vocabulary has 300"):
+    with pytest.raises(
+        DataError,
+        match=r"source 'code': .*code.bin, document \d+, holds token id \d+ but the vocabulary has 300",
+    ):
         for window in range(sources["code"].num_windows):
             sources["code"].window(0, window)
 
@@ -114,5 +132,6 @@ def test_ids_outside_the_vocabulary_are_found_when_a_window_is_read(folder: Path
 def test_500_sources_load_quickly_enough_to_be_used(folder: Path) -> None:
     sources = "".join(f"  s{i}: {{paths: [code]}}\n" for i in range(500))
     weights = ", ".join(f"s{i}: {i + 1}" for i in range(500))
-    text = f"sequence_length: 16\nseed: 1\nsources:\n{sources}phases:\n- {{name: a, tokens: 1M, weights: {{{weights}}}}}\n"
+    phases = f"- {{name: a, tokens: 1M, weights: {{{weights}}}}}\n"
+    text = f"sequence_length: 16\nseed: 1\nsources:\n{sources}phases:\n{phases}"
     assert len(load(folder, text).sources) == 500

@@ -1,10 +1,12 @@
-"""The order of windows within an epoch: a bijection for any number of windows, different each epoch, local in its reads."""
+"""The order of windows within an epoch: a bijection for any number of windows, different each epoch, local in
+its reads."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline import order
 
@@ -52,14 +54,15 @@ def test_asking_for_one_or_many_or_mixed_sources_is_the_same() -> None:
     together = order.windows(keys[source], epoch, position, counts[source], 512)
     alone = [
         int(order.windows(int(keys[s]), int(e), np.array([p]), int(counts[s]), 512)[0])
-        for s, e, p in zip(source, epoch, position)
+        for s, e, p in zip(source, epoch, position, strict=True)
     ]
     assert together.tolist() == alone
 
 
 @pytest.mark.parametrize("count", [7, 100, 4096, 100_000])
 def test_it_looks_random(count: int) -> None:
-    """Over keys, the window at a position is uniform over tenths, and neighbours in the order are not neighbours on disk."""
+    """Over keys, the window at a position is uniform over tenths, and neighbours in the order are not
+    neighbours on disk."""
     keys = np.array([order.source_key(seed, "a") for seed in range(2000)], np.uint64)
     for position in (0, count // 2, count - 1):
         windows = order.windows(keys, 0, np.full(2000, position), count, 4096)
@@ -96,4 +99,11 @@ def test_the_order_is_frozen() -> None:
     assert key == 993250069880465531
     assert order.shifts(key, np.arange(4), 4096).tolist() == [4081, 165, 2827, 2267]
     assert order.windows(key, 2, np.arange(6), 10, 4096).tolist() == [6, 2, 3, 0, 9, 7]
-    assert order.windows(key, 0, np.arange(6) * 10**6, 244_140_624, 4096).tolist() == [93327370, 125976490, 128435432, 167983066, 170470653, 56915947]
+    assert order.windows(key, 0, np.arange(6) * 10**6, 244_140_624, 4096).tolist() == [
+        93327370,
+        125976490,
+        128435432,
+        167983066,
+        170470653,
+        56915947,
+    ]

@@ -7,7 +7,16 @@ import json
 import pytest
 
 from data_pipeline.ledger import Ledger
-from data_pipeline.report import as_text, difference, mix_table, plan, planned, render_difference, render_mix, render_segments
+from data_pipeline.report import (
+    as_text,
+    difference,
+    mix_table,
+    plan,
+    planned,
+    render_difference,
+    render_mix,
+    render_segments,
+)
 from data_pipeline.sources import open_sources
 
 PHASES = [
@@ -20,7 +29,10 @@ def test_figures_of_a_mixture(make_mixture) -> None:
     table = json.loads(json.dumps(mix_table(plan(make_mixture(PHASES, a=2000, b=700)))))
     assert (table["samples"], table["tokens"]) == (400, 6400)
     one, two = table["phases"]
-    assert [(row["source"], row["weight"], row["samples"]) for row in one["sources"]] == [("a", 0.75, 225), ("b", 0.25, 75)]
+    assert [(row["source"], row["weight"], row["samples"]) for row in one["sources"]] == [
+        ("a", 0.75, 225),
+        ("b", 0.25, 75),
+    ]
     assert sum(row["tokens"] for row in two["sources"]) == two["tokens"] == 1600
     total = {row["source"]: row for row in table["sources"]}
     assert total["a"]["samples"] == 275 and total["b"]["share"] == pytest.approx(125 / 400)
@@ -39,7 +51,10 @@ def test_history(make_mixture) -> None:
     assert table["segments"][0]["skipped_samples"] == 10
     assert sum(row["consumed_samples"] for row in table["sources"]) == 320
     two = table["phases"][1]["sources"]
-    assert [(row["source"], row["consumed_samples"], row["samples"]) for row in two] == [("a", 10, 10), ("b", 10, 90)]
+    assert [(row["source"], row["consumed_samples"], row["samples"]) for row in two] == [
+        ("a", 10, 10),
+        ("b", 10, 90),
+    ]
     text = as_text([*render_mix(table), render_segments(table)])
     for part in ("one: 4.8K tokens, 300 samples", "epochs so far", "to come", "whole run", "b 1"):
         assert part in text

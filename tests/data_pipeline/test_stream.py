@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline import order
 from data_pipeline.errors import DamagedDataError, DataError
@@ -53,7 +54,8 @@ def test_a_sample_is_the_window_that_the_ledger_says(stream: SampleStream) -> No
 
 
 def test_an_epoch_covers_the_text(tmp_path: Path) -> None:
-    """Every window of an epoch once, over the ends of three shards and the source's own, overlapping in single tokens only."""
+    """Every window of an epoch once, over the ends of three shards and the source's own, overlapping in
+    single tokens only."""
     with IndexedWriter(tmp_path / "x", np.int32) as writer:
         writer.add(np.arange(100))
     with IndexedWriter(tmp_path / "y", np.int32) as writer:
@@ -80,7 +82,7 @@ def batches(stream: SampleStream, first: int, size, micro: int, ranks: int) -> l
     for loader in loaders:
         loader.close()
     assert len({len(part) for part in own}) == 1
-    return [part for together in zip(*own) for part in together]
+    return [part for together in zip(*own, strict=True) for part in together]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.units import format_count, parse_count
@@ -12,15 +13,31 @@ from data_pipeline.units import format_count, parse_count
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("1.25T", 1_250_000_000_000), ("500K", 500_000), ("5_000_000", 5_000_000), (7, 7), (5e6, 5_000_000), ("0", 0),
-        ("1e3", 1000), (" 2 M ", 2_000_000), ("0.001K", 1), ("1.1B", 1_100_000_000),
+        ("1.25T", 1_250_000_000_000), ("500K", 500_000), ("5_000_000", 5_000_000), (7, 7), (5e6, 5_000_000),
+        ("0", 0), ("1e3", 1000), (" 2 M ", 2_000_000), ("0.001K", 1), ("1.1B", 1_100_000_000),
     ],
 )  # fmt: skip
 def test_parse(text: int | float | str, count: int) -> None:
     assert parse_count(text) == count
 
 
-NONSENSE = ["", "K", "1.5", "1Q", "10m", "-3", -3, 1.5, True, None, "1e-3", "nan", float("inf"), "1 2", "9e30"]
+NONSENSE = [
+    "",
+    "K",
+    "1.5",
+    "1Q",
+    "10m",
+    "-3",
+    -3,
+    1.5,
+    True,
+    None,
+    "1e-3",
+    "nan",
+    float("inf"),
+    "1 2",
+    "9e30",
+]
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
@@ -40,4 +57,10 @@ def test_format_is_close_and_parses_back(count: int) -> None:
 
 
 def test_format() -> None:
-    assert [format_count(n) for n in (999, 1000, 1_250_000_000_000, 999_999_999, 0)] == ["999", "1K", "1.25T", "1B", "0"]
+    assert [format_count(n) for n in (999, 1000, 1_250_000_000_000, 999_999_999, 0)] == [
+        "999",
+        "1K",
+        "1.25T",
+        "1B",
+        "0",
+    ]

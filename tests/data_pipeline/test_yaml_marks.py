@@ -32,7 +32,9 @@ def complaint(text: str) -> str:
 
 
 def test_numbers_and_words_follow_yaml_1_2() -> None:
-    text = "a: 5e-4\nb: on\nc: 12:30\nd: 1_000\ne: null\nf: true\ng: '5'\nh: -.5\ni: 1.0e+3\nj: 2001-01-01\nk:\n"
+    text = (
+        "a: 5e-4\nb: on\nc: 12:30\nd: 1_000\ne: null\nf: true\ng: '5'\nh: -.5\ni: 1.0e+3\nj: 2001-01-01\nk:\n"
+    )
     data = parse_yaml(text, "f", {}).data
     assert data == dict(
         a=5e-4, b="on", c="12:30", d=1000, e=None, f=True, g="5", h=-0.5, i=1000.0, j="2001-01-01", k=None
@@ -81,9 +83,18 @@ def test_missing_file() -> None:
         ("inner:\n  lrr: 1\n", "f.yaml:2: inner.lrr: unknown key; did you mean 'lr'? (and 1 more)"),
         ("inner: {}\n", "f.yaml:1: inner.lr: is missing; add it"),
         ("inner:\n  lr: fast\n", "f.yaml:2: inner.lr: 'fast' is not accepted; it should be a number"),
-        ("inner:\n  lr: 1\n  on: yes\n", "f.yaml:3: inner.on: 'yes' is not true or false; write true or false"),
-        ("inner: {lr: 1}\nmany:\n- {lr: 2, nam: x}\n", "f.yaml:3: many[0].nam: unknown key; did you mean 'name'?"),
-        ("inner: {lr: 1}\nby_name:\n  z: {lr: 1,\n lrr: 2}\n", "f.yaml:4: by_name.z.lrr: unknown key; did you mean 'lr'?"),
+        (
+            "inner:\n  lr: 1\n  on: yes\n",
+            "f.yaml:3: inner.on: 'yes' is not true or false; write true or false",
+        ),
+        (
+            "inner: {lr: 1}\nmany:\n- {lr: 2, nam: x}\n",
+            "f.yaml:3: many[0].nam: unknown key; did you mean 'name'?",
+        ),
+        (
+            "inner: {lr: 1}\nby_name:\n  z: {lr: 1,\n lrr: 2}\n",
+            "f.yaml:4: by_name.z.lrr: unknown key; did you mean 'lr'?",
+        ),
         ("inner: 3\n", "f.yaml:1: inner: 3 is not accepted; it should be a mapping of keys"),
         ("- 1\n", "f.yaml:1: is a list, not a mapping of keys; known keys: inner, many, by_name"),
         ("", "f.yaml:1: is empty, not a mapping of keys; known keys: inner, many, by_name"),
@@ -100,7 +111,9 @@ def test_literal_suggests() -> None:
 def test_set_grafts_sections_and_overrides() -> None:
     document = parse_yaml("inner: other.yaml\nmany: [{lr: 1}]\n", "f.yaml", {})
     document.set(("inner",), parse_yaml("lr: 2\nname: sdg\n", "other.yaml", {}))
-    with pytest.raises(YamlError, match=r"^other.yaml:2: inner.name: 'sdg' is not accepted.*did you mean 'sgd'"):
+    with pytest.raises(
+        YamlError, match=r"^other.yaml:2: inner.name: 'sdg' is not accepted.*did you mean 'sgd'"
+    ):
         validate(Outer, document)
     document.set(("inner", "name"), parse_yaml("sgd", "inner.name=sgd", {}, lines=False))
     document.set(("many", 0, "lr"), parse_yaml("1e-4", "x", {}, lines=False))
