@@ -1,1 +1,2 @@
-"""The demo: real text from this machine, a small JetMoE trained on it, and a report. `python -m moe_train.demo`."""
+"""The demo: real text from this machine, a small JetMoE trained on it, and a report. `python -m
+moe_train.demo`."""

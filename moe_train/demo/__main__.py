@@ -1,4 +1,5 @@
-"""`python -m moe_train.demo [--tokens N | --more N]`: corpora from this machine, a small JetMoE trained on them, a report."""
+"""`python -m moe_train.demo [--tokens N | --more N]`: corpora from this machine, a small JetMoE trained on
+them, a report."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def main() -> int:
     """Run the demo and return its exit status (that of `moe-train`)."""
     parser = argparse.ArgumentParser(prog="python -m moe_train.demo", description=__doc__.partition(": ")[2])
     how_far = parser.add_mutually_exclusive_group()
-    how_far.add_argument("--tokens", type=_count, metavar="N", help="length of the whole run, e.g. 1M (default: the preset's)")
+    how_far.add_argument(
+        "--tokens", type=_count, metavar="N", help="length of the whole run, e.g. 1M (default: the preset's)"
+    )
     how_far.add_argument("--more", type=_count, metavar="N", help="go on for so many tokens, e.g. 500K")
     options = parser.parse_args()
     try:

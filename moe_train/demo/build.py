@@ -1,6 +1,8 @@
-"""From this machine's text to what training reads: corpora, tokenizer, token files. What is complete is not built again.
+"""From this machine's text to what training reads: corpora, tokenizer, token files. What is complete is not
+built again.
 
-    build/demo/raw/SOURCE.jsonl  ->  tokenizer.model  ->  SOURCE.bin/.idx, SOURCE.heldout.bin/.idx, SOURCE.manifest.json
+build/demo/raw/SOURCE.jsonl  ->  tokenizer.model  ->  SOURCE.bin/.idx, SOURCE.heldout.bin/.idx,
+SOURCE.manifest.json
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from importlib import metadata
@@ -20,7 +21,8 @@ from moe_train.demo import corpora
 
 VOCAB_SIZE = 4096  # of configs/model/demo.yaml
 
-# The part of a source's documents that is never trained on: each gives validation its 64 windows of 256 tokens and some.
+# The part of a source's documents that is never trained on: each gives validation its 64 windows of 256
+# tokens and some.
 HOLDOUT = {"code": 0.03, "prose": 0.03, "reference": 0.2, "math": 0.03}
 
 STAMP = "complete.json"
@@ -39,9 +41,11 @@ def build(folder: Path, console: Console) -> None:
     _remove(folder)
 
     begun = time.monotonic()
-    sizes: dict[str, int] = {}
-    raw = corpora.build_corpora(folder / "raw", done=sizes.__setitem__)
-    begun = _tell(console, "text", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()), begun)
+    texts: dict[str, int] = {}
+    raw = corpora.build_corpora(folder / "raw", done=texts.__setitem__)
+    begun = _tell(
+        console, "text", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in texts.items()), begun
+    )
 
     from data_pipeline.prepare import prepare
     from data_pipeline.tokenizer import train_tokenizer
@@ -56,12 +60,13 @@ def build(folder: Path, console: Console) -> None:
         counts.append(f"{name} {report.train.tokens / 1e6:.2f}M")
     _tell(console, "tokens", ", ".join(counts), begun)
 
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / STAMP).write_text(json.dumps({"inputs": inputs, "files": files}, indent=1) + "\n")
+    sizes = {name: (folder / name).stat().st_size for name in _files()}
+    (folder / STAMP).write_text(json.dumps({"inputs": inputs, "files": sizes}, indent=1) + "\n")
 
 
 def unigram_entropies(folder: Path) -> dict[str, float]:
-    """Nats per token of each source's held-out token frequencies: no model that knows only frequencies can lose less there."""
+    """Nats per token of each source's held-out token frequencies: no model that knows only frequencies can
+    lose less there."""
     entropies = {}
     for name in HOLDOUT:
         manifest = json.loads((folder / f"{name}.manifest.json").read_text(encoding="utf-8"))
@@ -70,7 +75,8 @@ def unigram_entropies(folder: Path) -> dict[str, float]:
 
 
 def _inputs() -> str:
-    """A hash of all that the built files depend on: Python, the files that are read, the tokenizer's library, this code."""
+    """A hash of all that the built files depend on: Python, the files that are read, the tokenizer's library,
+    this code."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(sys.version.encode() + metadata.version("sentencepiece").encode())
     for name, path in corpora.library_files({*corpora.CODE_PACKAGES, *corpora.PROSE_PACKAGES}):
@@ -90,13 +96,20 @@ def _is_complete(folder: Path, inputs: str) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove what an earlier build left, and nothing else."""
-    shutil.rmtree(folder / "raw", ignore_errors=True)
-    names = [STAMP, "tokenizer.model"]
-    for source in HOLDOUT:
-        names += [f"{source}{end}" for end in (".manifest.json", ".bin", ".idx", ".heldout.bin", ".heldout.idx")]
-    for name in names:
+    """Remove what an earlier build left, and nothing else: the stamp first, so that half a removal is not
+    complete."""
+    for name in (STAMP, *_files()):
         (folder / name).unlink(missing_ok=True)
+
+
+def _files() -> list[str]:
+    """Every file of a build but the stamp, relative to its folder."""
+    ends = (".manifest.json", ".bin", ".idx", ".heldout.bin", ".heldout.idx")
+    return [
+        "tokenizer.model",
+        *(f"raw/{name}.jsonl" for name in HOLDOUT),
+        *(name + end for name in HOLDOUT for end in ends),
+    ]
 
 
 def _tell(console: Console, what: str, result: str, begun: float) -> float:

@@ -7,9 +7,9 @@
 | `reference` | the language reference that `help()` reads (`pydoc_data.topics`), each paragraph once       |
 | `math`      | generated exercises with their solutions (`exercises.py`)                                   |
 
-Each becomes a file of JSON lines with the field `text`. The same Python and the same installed packages give the
-same bytes: files are taken in the order of a hash of their names (an even sample of all of them, wherever the cap on
-size cuts), never in the order of the file system.
+Each becomes a file of JSON lines with the field `text`. The same Python and the same installed packages give
+the same bytes: files are taken in the order of a hash of their names (an even sample of all of them, wherever
+the cap on size cuts), never in the order of the file system.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROSE_PACKAGES = ("matplotlib", "networkx", "numpy", "pydantic", "rich", "scipy"
 
 # Folders that hold no library code of their own: tests, other people's copies, tables and generated files.
 SKIPPED_FOLDERS = frozenset(
-    "__pycache__ _unicode_data _vendor _vendored dist-packages encodings ensurepip idlelib lib2to3 pydoc_data site-packages"
-    " test testing tests turtledemo vendor".split()
+    "__pycache__ _unicode_data _vendor _vendored dist-packages encodings ensurepip idlelib lib2to3 pydoc_data"
+    " site-packages test testing tests turtledemo vendor".split()
 )
 MIN_FILE_BYTES, MAX_FILE_BYTES = 1_000, 64_000  # smaller: empty modules; larger: mostly tables
 MIN_DOCUMENT_CHARS = 200
@@ -62,8 +62,9 @@ def build_corpora(
         if size < max_bytes[name] // 4:
             paths[name].unlink()
             raise UserError(
-                f"the demo found only {size} bytes of text for its source {name!r} in {sysconfig.get_path('stdlib')} and the"
-                " installed packages: use a Python whose standard library is installed as source files"
+                f"the demo found only {size} bytes of text for its source {name!r} in"
+                f" {sysconfig.get_path('stdlib')} and the installed packages: use a Python whose standard"
+                " library is installed as source files"
             )
         if done is not None:
             done(name, size)
@@ -81,7 +82,8 @@ def _documents() -> dict[str, Iterator[str]]:
 
 
 def library_files(packages: Iterable[str]) -> list[tuple[str, Path]]:
-    """(name, path) of the Python files of the standard library and of `packages`, in an order that mixes them all."""
+    """(name, path) of the Python files of the standard library and of `packages`, in an order that mixes them
+    all."""
     roots = {"": Path(sysconfig.get_path("stdlib"))}
     for package in packages:
         spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
@@ -96,7 +98,9 @@ def library_files(packages: Iterable[str]) -> list[tuple[str, Path]]:
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
+        subfolders[:] = [
+            name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
         for name in names:
             path = Path(folder, name)
             if not name.endswith(".py") or name.startswith(("test_", "_sysconfigdata", "sitecustomize")):
@@ -138,8 +142,8 @@ def prose_documents(files: Iterable[tuple[str, Path]]) -> Iterator[str]:
 def reference_documents() -> Iterator[str]:
     """One document a topic of the language reference; a paragraph that an earlier topic holds is left out.
 
-    Topics overlap (a chapter and its sections are topics of their own): without this, held-out text would be in the
-    training text too. Short topics come first, so that a chapter loses what its sections already said.
+    Topics overlap (a chapter and its sections are topics of their own): without this, held-out text would be
+    in the training text too. Short topics come first, so that a chapter loses what its sections already said.
     """
     from pydoc_data.topics import topics
 
@@ -168,7 +172,11 @@ def _docstring_node(node: ast.AST) -> ast.Expr | None:
     if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return None
     first = node.body[0] if node.body else None
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         return first
     return None
 
@@ -183,7 +191,8 @@ def _docstrings(node: ast.AST, qualified: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_docstrings(source: str, tree: ast.Module) -> str:
-    """The source with its docstrings cut out, comments and layout kept; `...` stays where nothing else would."""
+    """The source with its docstrings cut out, comments and layout kept; `...` stays where nothing else
+    would."""
     lines: list[str | None] = list(source.splitlines())
     for node in ast.walk(tree):
         statement = _docstring_node(node)

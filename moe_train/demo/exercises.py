@@ -1,7 +1,8 @@
-"""Generated exercises in arithmetic with their solutions, step by step: a source without end and without a download.
+"""Generated exercises in arithmetic with their solutions, step by step: a source without end and without a
+download.
 
-Every step that is written is computed, so a model can learn the rules from the text. The numbers come from a seeded
-generator: the same seed gives the same text.
+Every step that is written is computed, so a model can learn the rules from the text. The numbers come from a
+seeded generator: the same seed gives the same text.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def _division(rng: Random) -> str:
     a, b = rng.randint(50, 9999), rng.randint(3, 99)
     quotient, rest = divmod(a, b)
     check = f"{b} * {quotient} = {b * quotient} and {b * quotient} + {rest} = {a}"
-    return f"Divide {a} by {b} with remainder.\n{check}\nThe quotient is {quotient} and the remainder is {rest}."
+    return (
+        f"Divide {a} by {b} with remainder.\n{check}\nThe quotient is {quotient} and the remainder is {rest}."
+    )
 
 
 def _linear_equation(rng: Random) -> str:
@@ -106,7 +109,8 @@ def _sequence(rng: Random) -> str:
     first, step, length = rng.randint(-50, 99), rng.randint(2, 25), rng.randint(4, 7)
     terms = [first + step * i for i in range(length + 1)]
     shown = ", ".join(map(str, terms[:-1]))
-    return f"Continue the sequence {shown}.\nEach term is {step} more than the one before it.\nNext: {terms[-1]}."
+    rule = f"Each term is {step} more than the one before it."
+    return f"Continue the sequence {shown}.\n{rule}\nNext: {terms[-1]}."
 
 
 def _percentage(rng: Random) -> str:
@@ -128,7 +132,8 @@ def _journey(rng: Random) -> str:
     who = rng.choice(("bus", "car", "cyclist", "ship", "train", "truck"))
     return "\n".join(
         [
-            f"A {who} travels {speed * hours} km in {hours} hours at a constant speed. How far does it get in {hours + 3} hours?",
+            f"A {who} travels {speed * hours} km in {hours} hours at a constant speed."
+            f" How far does it get in {hours + 3} hours?",
             f"The speed is {speed * hours} / {hours} = {speed} km an hour.",
             f"In {hours + 3} hours it travels {speed} * {hours + 3} = {speed * (hours + 3)} km.",
         ]
@@ -137,8 +142,8 @@ def _journey(rng: Random) -> str:
 
 def _order(rng: Random) -> str:
     numbers = rng.sample(range(-99, 1000), rng.randint(4, 7))
-    ordered = ", ".join(map(str, sorted(numbers)))
-    return f"Sort {', '.join(map(str, numbers))}.\nIn increasing order: {ordered}.\nThe largest is {max(numbers)}."
+    given, ordered = (", ".join(map(str, each)) for each in (numbers, sorted(numbers)))
+    return f"Sort {given}.\nIn increasing order: {ordered}.\nThe largest is {max(numbers)}."
 
 
 _KINDS = (

@@ -1,10 +1,11 @@
-"""What the demo shows when its run has ended: tables, a loss curve, where the files are. Reads files only: no torch."""
+"""What the demo shows when its run has ended: tables, a loss curve, where the files are. Reads files only: no
+torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -27,7 +28,8 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def last_validation(rows: list[Row]) -> tuple[int, dict[str, float]]:
-    """(step, held-out loss by source in nats per token) of the last step that was validated; (0, {}) when none was."""
+    """(step, held-out loss by source in nats per token) of the last step that was validated; (0, {}) when
+    none was."""
     for row in reversed(rows):
         losses = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
         if losses:
@@ -46,7 +48,9 @@ def phase_table(rows: list[Row]) -> Table:
         tenth = max(1, len(steps) // 10)
         first, last = (fmean(row["loss"] for row in part) for part in (steps[:tenth], steps[-tenth:]))
         tokens, before = steps[-1]["tokens"] - before, steps[-1]["tokens"]
-        speed = median(row["tokens_per_second"] for row in steps)  # the mean would count saves and validations
+        speed = median(
+            row["tokens_per_second"] for row in steps
+        )  # the mean would count saves and validations
         table.add_row(str(phase), f"{tokens:,}", f"{first:.3f}", f"{last:.3f}", f"{speed:,.0f}")
     return table
 
@@ -69,7 +73,8 @@ def source_table(rows: list[Row], entropies: dict[str, float]) -> Table:
 
 
 def plot_losses(rows: list[Row], path: Path) -> None:
-    """A PNG of the losses over tokens: training, held-out points by source, phases, and the learning rate on the right."""
+    """A PNG of the losses over tokens: training, held-out points by source, phases, and the learning rate on
+    the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,15 +82,24 @@ def plot_losses(rows: list[Row], path: Path) -> None:
 
     tokens = [row["tokens"] / 1e6 for row in rows]
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    axis.plot(tokens, [row["loss"] for row in rows], color="tab:blue", linewidth=0.9, label="training")
+    axis.plot(tokens, [row["loss"] for row in rows], color="C0", linewidth=0.9, label="training")
     _plot_validation(axis, rows)
-    for previous, row in zip(rows, rows[1:]):
+    for previous, row in pairwise(rows):
         if row["phase"] != previous["phase"]:
             axis.axvline(previous["tokens"] / 1e6, color="0.4", linestyle="--", linewidth=0.8)
             axis.annotate(
-                f" {row['phase']}", (previous["tokens"] / 1e6, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8
+                f" {row['phase']}",
+                (previous["tokens"] / 1e6, 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=8,
             )
-    axis.set(xlabel="tokens, millions", ylabel="loss, nats per token", title="Demo: loss over tokens", xlim=(0, None))
+    axis.set(
+        xlabel="tokens, millions",
+        ylabel="loss, nats per token",
+        title="Demo: loss over tokens",
+        xlim=(0, None),
+    )
     axis.grid(alpha=0.25)
 
     rate = axis.twinx()
@@ -99,14 +113,23 @@ def plot_losses(rows: list[Row], path: Path) -> None:
 
 def _plot_validation(axis: Any, rows: list[Row]) -> None:
     sources = sorted({key for row in rows for key in row if key.startswith(VALIDATION)})
-    for source, color in zip(sources, ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown") * len(sources)):
-        points = [(row["tokens"] / 1e6, row[source]) for row in rows if source in row]
+    for number, source in enumerate(sources, start=1):
+        points = [row for row in rows if source in row]
         name = source.removeprefix(VALIDATION)
-        axis.plot(*zip(*points), color=color, marker="o", markersize=3, linewidth=0.7, label=f"held-out {name}")
+        axis.plot(
+            [row["tokens"] / 1e6 for row in points],
+            [row[source] for row in points],
+            color=f"C{number}",  # C0 is the training loss
+            marker="o",
+            markersize=3,
+            linewidth=0.7,
+            label=f"held-out {name}",
+        )
 
 
 def print_report(console: Console, run: Path, build: Path, entropies: dict[str, float]) -> None:
-    """Print the tables of a run that has trained at least one step, write its `loss.png` and say where all is."""
+    """Print the tables of a run that has trained at least one step, write its `loss.png` and say where all
+    is."""
     rows = read_metrics(run)
     plot_losses(rows, run / "loss.png")
     console.print()

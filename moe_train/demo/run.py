@@ -1,8 +1,9 @@
 """The demo from one end to the other: build the data, train, report. What it runs is what a user would type.
 
-The run file and the mixture are the presets `run/demo` and `data/demo`: edit them, and the demo follows. Two things need a
-mixture of its own, `build/demo/mixture.yaml`: more tokens than the preset's phases have (its last phase is lengthened), and an
-installed package, whose presets do not lie beside the `build/demo` of the working folder.
+The run file and the mixture are the presets `run/demo` and `data/demo`: edit them, and the demo follows. Two
+things need a mixture of its own, `build/demo/mixture.yaml`: more tokens than the preset's phases have (its
+last phase is lengthened), and an installed package, whose presets do not lie beside the `build/demo` of the
+working folder.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ PROMPT = "def main("
 
 @dataclass(frozen=True)
 class Goal:
-    """How far to train: `done` and `total` tokens, of the run so far and of the preset's phases; `target`, the end wanted."""
+    """How far to train: `done` and `total` tokens, of the run so far and of the preset's phases; `target`,
+    the end wanted."""
 
     done: int
     total: int
@@ -60,7 +62,9 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
     config = load_run(RUN_FILE)
     goal = goal_of(config, tokens, more)
     if not goal.reached:
-        status = _moe_train(console, "pretrain", RUN_FILE, "--nproc", str(PROCESSES), *overrides(config, goal))
+        status = _moe_train(
+            console, "pretrain", RUN_FILE, "--nproc", str(PROCESSES), *overrides(config, goal)
+        )
         if status:
             return status
     run = Path(os.path.relpath(config.output_dir))
@@ -69,7 +73,9 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
         console.print(f"\nThe run is complete: it has seen {format_count(goal.done)} tokens.")
     else:
         console.print()
-        _moe_train(console, "generate", str(run), "--prompt", PROMPT, "--max-tokens", "120", "--temperature", "0.7")
+        _moe_train(
+            console, "generate", str(run), "--prompt", PROMPT, "--max-tokens", "120", "--temperature", "0.7"
+        )
     console.print(
         "\nGo on with it:  make demo MORE=500K  (or: python -m moe_train.demo --more 500K)"
         f"\nWhat it feeds:  moe-train mix {RUN_FILE}"
@@ -80,7 +86,8 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
 
 
 def goal_of(config: RunConfig, tokens: int | None, more: int | None) -> Goal:
-    """The goal that the options ask for, given what the run in `config.output_dir` has seen. Raises UserError for both."""
+    """The goal that the options ask for, given what the run in `config.output_dir` has seen. Raises UserError
+    for both."""
     if tokens is not None and more is not None:
         raise UserError("--tokens and --more are two ways to say how far to train; give one of them")
     rows = report.read_metrics(Path(config.output_dir))
@@ -104,7 +111,8 @@ def overrides(config: RunConfig, goal: Goal) -> list[str]:
 
 
 def _write_mixture(config: RunConfig, extra: int) -> Path:
-    """The preset's mixture with paths into the build folder and its last phase `extra` tokens longer; returns its path."""
+    """The preset's mixture with paths into the build folder and its last phase `extra` tokens longer; returns
+    its path."""
     import yaml
 
     data = config.mixture.model_dump(mode="json", exclude_none=True, exclude={"total_tokens"})
@@ -113,7 +121,8 @@ def _write_mixture(config: RunConfig, extra: int) -> Path:
     for source in data["sources"].values():
         source["paths"] = [Path(path).name for path in source["paths"]]
     path = BUILD / "mixture.yaml"
-    header = f"# Written by the demo from {os.path.relpath(config.data.mixture)}, whose last phase is {extra} tokens shorter.\n"
+    origin = os.path.relpath(config.data.mixture)
+    header = f"# Written by the demo from {origin}, whose last phase is {extra} tokens shorter.\n"
     path.write_text(header + yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return path
 

@@ -15,7 +15,12 @@ from moe_train.demo import report
 def rows_of(steps: int = 40) -> list[dict]:
     rows = []
     for step in range(1, steps + 1):
-        row = {"step": step, "tokens": step * 1000, "phase": "stable" if step <= 30 else "decay", "loss": 8 - step / 10}
+        row = {
+            "step": step,
+            "tokens": step * 1000,
+            "phase": "stable" if step <= 30 else "decay",
+            "loss": 8 - step / 10,
+        }
         row |= {"lr": 5e-4, "tokens_per_second": 9000.0 if step % 20 else 10.0}
         if step % 20 == 0:
             row |= {"validation/code": 7 - step / 10, "validation/math": 5 - step / 10}
@@ -25,7 +30,9 @@ def rows_of(steps: int = 40) -> list[dict]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of()) + '{"step": 41, "tok')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows_of()) + '{"step": 41, "tok'
+    )
     return tmp_path
 
 
@@ -57,7 +64,10 @@ def test_phases_with_their_own_tokens_and_losses() -> None:
 
 def test_sources_beside_their_unigram_entropy() -> None:
     cells = printed(report.source_table(rows_of(), {"code": 5.5, "math": 0.5}))
-    assert [row[:4] for row in cells] == [["code", "3.000", "5.500", "+2.500"], ["math", "1.000", "0.500", "-0.500"]]
+    assert [row[:4] for row in cells] == [
+        ["code", "3.000", "5.500", "+2.500"],
+        ["math", "1.000", "0.500", "-0.500"],
+    ]
 
 
 def test_the_report_writes_the_curve_and_names_the_files(run: Path) -> None:
