@@ -42,13 +42,19 @@ class RouterMonitor:
         z = sum(float(totals[start + 1]) for start in starts) / share
         return balance, z
 
+    def counts(self, totals: torch.Tensor) -> dict[str, list[int]]:
+        """By router: the (token, slot) pairs that each expert received."""
+        return {
+            name: [round(count) for count in totals[start + 2 : start + 2 + size].tolist()]
+            for name, start, size in zip(self.names, self._starts, self.experts)
+        }
+
     def loads(self, totals: torch.Tensor) -> dict[str, dict[str, float]]:
         """By router: largest and smallest expert load over the mean, entropy of the load in nats, experts without a token."""
         figures = {}
-        for name, start, size in zip(self.names, self._starts, self.experts):
-            counts = totals[start + 2 : start + 2 + size].tolist()
-            mean = sum(counts) / size
-            shares = [count / (mean * size) for count in counts]
+        for name, counts in self.counts(totals).items():
+            mean = sum(counts) / len(counts)
+            shares = [count / sum(counts) for count in counts]
             figures[name] = {
                 "max_over_mean": max(counts) / mean,
                 "min_over_mean": min(counts) / mean,

@@ -1,0 +1,87 @@
+"""One model, one stream, many layouts: the same curve."""
+from __future__ import annotations
+
+import pytest
+
+LAYOUTS = {
+    "data 2": (2, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 2, virtual 2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "expert 2": (2, {"expert": 2}),
+    "tensor 2, expert 2": (2, {"tensor": 2, "expert": 2}),
+    "pipeline 2, expert 2": (4, {"pipeline": 2, "expert": 2}),
+    "tensor 2, pipeline 2, virtual 2, expert 2": (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
+    "tensor 2, expert 4": (4, {"tensor": 2, "expert": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks):
+    return ranks(1).run("tests.steps_on_ranks:train", {})[0]
+
+
+def flips(ours: list[dict], theirs: list[dict]) -> int:
+    """A lower bound of the (token, slot) pairs that went to another expert, over all steps and routers."""
+    return sum(
+        sum(abs(a - b) for a, b in zip(left["counts"][name], right["counts"][name])) // 2
+        for left, right in zip(ours, theirs)
+        for name in left["counts"]
+    )
+
+
+def assert_same_curve(curve: list[dict], reference: list[dict], name: str) -> None:
+    print(f"{name}: {flips(curve, reference)} pairs flipped over {len(curve)} steps")
+    for number, (step, expected) in enumerate(zip(curve, reference), start=1):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=2e-5 if number <= 3 else 1e-4), (name, number)
+        for figure in ("balance", "z", "norm"):
+            assert step[figure] == pytest.approx(expected[figure], rel=1e-3), (name, number, figure)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_curve_does_not_depend_on_the_layout(ranks, one_rank, name):
+    world_size, layout = LAYOUTS[name]
+    curves = ranks(world_size).run("tests.steps_on_ranks:train", layout)
+    assert_same_curve(curves[0], one_rank, name)
+    assert all(curve[-1]["loss"] == curves[0][-1]["loss"] for curve in curves), "ranks disagree"
+
+
+@pytest.mark.parametrize(
+    "world_size, layout, options",
+    [
+        (2, {"expert": 2}, {"recompute": "selective"}),
+        (2, {"tensor": 2, "expert": 2}, {"recompute": "full"}),
+        (2, {"expert": 2}, {"sharded_attention": False}),
+        (2, {"tensor": 2, "expert": 2}, {"sharded_attention": False}),
+        (2, {"pipeline": 2}, {"model": {"tie_embeddings": False}}),
+        (2, {"tensor": 2}, {"model": {"tie_embeddings": False, "vocab_size": 3}}),
+    ],
+)
+def test_nor_on_recomputation_or_where_attention_experts_live(ranks, world_size, layout, options):
+    model = {"model": options["model"]} if "model" in options else {}
+    reference = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, **model)[0]
+    curve = ranks(world_size).run("tests.steps_on_ranks:train", layout, steps=4, **options)[0]
+    assert_same_curve(curve, reference, f"{layout} {options}")
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}])
+def test_bf16_stays_near_itself_on_every_layout(ranks, layout):
+    reference = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, precision="bf16")[0]
+    curve = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, precision="bf16")[0]
+    for step, expected in zip(curve, reference):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
+def test_router_losses_depend_on_the_micro_batch_unless_their_scope_is_a_sequence(ranks):
+    from moe_train.model.config import RouterConfig
+
+    figures = {}
+    for scope in ("micro_batch", "sequence"):
+        router = {"router": RouterConfig(scope=scope, load_balancing_coef=0.5)}
+        for size in (1, 4):
+            run = ranks(2).run("tests.steps_on_ranks:train", {"tensor": 2}, steps=3, model=router, micro_batch=size)
+            figures[scope, size] = run[0]
+    for by_one, by_four in zip(figures["sequence", 1], figures["sequence", 4]):
+        assert by_one["loss"] == pytest.approx(by_four["loss"], rel=2e-5)
+        assert by_one["balance"] == pytest.approx(by_four["balance"], rel=1e-4)
+    assert abs(figures["micro_batch", 1][0]["balance"] - figures["micro_batch", 4][0]["balance"]) > 1e-3

@@ -1,0 +1,44 @@
+"""Every stand-in still has the caller it was made for, and the engine checks its own version."""
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+
+import pytest
+
+from parallel import cpu_backend, engine
+from parallel.errors import EngineError
+
+STAND_INS = cpu_backend.stand_ins()
+
+
+@pytest.mark.parametrize("stand_in", STAND_INS, ids=lambda stand_in: stand_in.target)
+def test_megatron_core_still_asks_for_it(stand_in):
+    caller = importlib.import_module(stand_in.caller)
+    assert stand_in.words in inspect.getsource(caller)
+    owner, name = stand_in.target.rsplit(".", 1)
+    assert hasattr(cpu_backend._resolve(owner), name)
+
+
+def test_no_target_is_replaced_twice():
+    targets = [stand_in.target for stand_in in STAND_INS]
+    assert len(set(targets)) == len(targets)
+
+
+def test_another_version_of_megatron_core_is_refused(monkeypatch):
+    versions = {"megatron-core": "0.19.2", "psutil": "7.0"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    with pytest.raises(EngineError, match=r"0\.19\.2 is installed.*pip install 'megatron-core==0\.16\.1'"):
+        engine.check_megatron()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def version(name):
+        if name == "psutil":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return engine.MEGATRON_VERSION
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(EngineError, match="pip install 'psutil'"):
+        engine.check_megatron()

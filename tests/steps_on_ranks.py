@@ -1,0 +1,80 @@
+"""Training steps of a small model on any layout, as every rank of a test's pool runs them."""
+from __future__ import annotations
+
+import os
+
+import torch
+
+from moe_train.config import OptimizerConfig
+from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, RouterConfig
+from parallel import engine
+from parallel.layout import Layout
+
+MICRO_BATCH, GLOBAL_BATCH = 2, 8
+
+
+def small_model(**changes) -> ModelConfig:
+    """4 layers, 4 kv heads, 4 experts top-2 for attention and MLP, an odd vocabulary."""
+    values = dict(
+        vocab_size=51,
+        hidden_size=32,
+        num_layers=4,
+        attention=AttentionConfig(num_kv_heads=4, head_dim=8, num_experts=4, top_k=2),
+        mlp=MLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2),
+        router=RouterConfig(load_balancing_coef=0.02, z_coef=0.004),
+        init_std=0.1,
+    )
+    return ModelConfig(**{**values, **changes})
+
+
+def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, expert=1) -> Layout:
+    return Layout(world_size, tensor, pipeline, virtual_pipeline, expert, world_size // tensor // pipeline)
+
+
+def build(layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, lr=3e-3, seed=5):
+    """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
+    topology = engine.start(layout, seed=seed)
+    from moe_train.model.build import DTYPES, build_model
+    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.training.optimizer import Optimizer, wrap_data_parallel
+    from moe_train.training.router_monitor import RouterMonitor
+    from moe_train.training.step import Stepper
+
+    options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention)
+    chunks = build_model(model, topology, options)
+    monitor = RouterMonitor(chunks, topology)
+    wrapped = wrap_data_parallel(chunks, overlap=False)
+    optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr), bf16=precision == "bf16")
+    return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
+
+
+def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH) -> list[dict]:
+    """Take ``steps`` (their numbers seed the data) and return loss, router losses, gradient norm and expert counts of each."""
+    chunks, stepper, optimizer, monitor, topology = built
+    data = topology.layout.data
+    figures = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        windows = torch.randint(0, vocab_size, (global_batch, 16), generator=generator)
+        optimizer.zero_grad()
+        monitor.reset()
+        loss = stepper.train(list(windows.split(micro_batch))[topology.data_rank :: data])
+        norm = optimizer.gradient_norm()
+        totals = topology.sum_over_world(torch.cat([torch.tensor([loss / topology.layout.tensor]).double(), monitor.totals]))
+        optimizer.update(lr, norm)
+        count = global_batch // micro_batch
+        balance, z = monitor.losses(totals[1:], count)
+        counts = monitor.counts(totals[1:])
+        figures.append(
+            {"loss": float(totals[0]) / count, "balance": balance, "z": z, "norm": norm, "counts": counts}
+        )
+    return figures
+
+
+def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch: int = MICRO_BATCH, **options) -> list[dict]:
+    """``steps`` steps on ``layout`` (tensor, pipeline, ...) over the ranks of this process group."""
+    config = small_model(**(model or {}))
+    world_size = int(os.environ["WORLD_SIZE"])
+    built = build(make_layout(world_size, **layout), config, **options)
+    built[1].micro_batch_size = micro_batch
+    return run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
