@@ -129,7 +129,7 @@ def _write_mixture(config: RunConfig, extra: int) -> Path:
 
 def _moe_train(console: Console, *arguments: str) -> int:
     """Run the command `moe-train` as a user would, in a process of its own; returns its exit status."""
-    console.print(f"\n$ moe-train {shlex.join(arguments)}", style="bold", highlight=False)
+    console.print(f"\n$ moe-train {shlex.join(arguments)}", style="bold", highlight=False, soft_wrap=True)
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     return subprocess.run([sys.executable, "-m", "moe_train", *arguments], env=environment).returncode
