@@ -1,0 +1,15 @@
+"""One rank for the tests of the model, in the process of pytest itself."""
+from __future__ import annotations
+
+import pytest
+
+from parallel.layout import Layout
+
+
+@pytest.fixture(scope="package")
+def topology():
+    """This process as the only rank."""
+    from parallel import engine
+
+    yield engine.start(Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1)
+    engine.stop()
