@@ -85,7 +85,7 @@ class Document:
         )
 
     def set(self, path: KeyPath, other: Document) -> None:
-        """Put `other` at `path` (parents are made) with its marks: a section of its own file, or an override."""
+        """Put `other` with its marks at `path` (parents are made): a section's own file, or an override."""
         if not path:
             self.data, self.marks = other.data, dict(other.marks)
             return

@@ -75,6 +75,16 @@ def test_fibonacci_weights_the_deepest_tree() -> None:
         assert assignment.locate(np.array([samples]))[0][0] == assignment.locate_one(samples)[0]
 
 
+def test_vectors_agree_with_exact_integers_where_floats_do_not() -> None:
+    random = np.random.default_rng(3)
+    assignment = Assignment(named(random.lognormal(0, 2, 30).tolist()))
+    assert assignment.total > 2**55
+    samples = 2**50 - 2 - random.integers(0, 2**40, 2000)
+    sources, ranks = assignment.locate(samples)
+    exact = [assignment.locate_one(n) for n in samples.tolist()]
+    assert list(zip(sources.tolist(), ranks.tolist(), strict=True)) == exact
+
+
 def test_weights_are_taken_as_written() -> None:
     assert integer_weights({"a": 39.8, "b": 19.6, "c": 40.6}) == {"a": 199, "b": 98, "c": 203}
     assert integer_weights({"b": 0.5, "a": 1, "z": 0}) == {"a": 2, "b": 1}

@@ -20,7 +20,7 @@ from data_pipeline.mixture import MixtureConfig
 from data_pipeline.prepare import prepare, unigram_entropy
 from data_pipeline.sources import open_sources
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
-from tests.data_pipeline.corpora import text
+from tests.data_pipeline.corpora import text, write_corpus
 
 TEXTS = [text(seed) for seed in range(200)] + [
     "def f(x):\n\treturn  x  # é 中文 🎉\r\n",
@@ -103,7 +103,8 @@ def test_inputs_of_every_kind(folder: Path, tmp_path: Path) -> None:
     (raw / "b.jsonl.gz").write_bytes(gzip.compress(b'{"body": "zipped"}\n\n{"body": "zipped too"}'))
     (raw / "c.jsonl").write_text('{"body": "plain"}\n')
     (raw / "README.md").write_text("not text to train on")
-    prepare(tmp_path / "raw", tmp_path / "out", folder / "tok.model", text_key="body")
+    report = prepare(tmp_path / "raw", tmp_path / "out", folder / "tok.model", text_key="body")
+    assert report.bad == {}
     tokenizer, reader = load_tokenizer(folder / "tok.model"), IndexedReader(tmp_path / "out")
     decoded = [tokenizer.decode(reader.document(i)[:-1]) for i in range(reader.num_documents)]
     assert decoded == ["one document\nof two lines\n", "zipped", "zipped too", "plain"]
@@ -235,6 +236,19 @@ def test_held_out_windows_are_fixed_and_spread(folder: Path, tmp_path: Path) -> 
     assert held.unigram_entropy == manifest["splits"]["train"]["unigram_entropy"]
     prepare([folder / "raw.jsonl"], tmp_path / "out", folder / "tok.model", overwrite=True)
     assert open_heldout(config) == {}
+
+
+def test_held_out_windows_of_several_shards(folder: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        write_corpus(tmp_path / f"out{number}", 500, seed=number)
+        write_corpus(tmp_path / f"out{number}.heldout", 100 + 20 * number, seed=10 + number)
+    held = open_heldout(mixture(folder, tmp_path / "out", folder / "tok.model"), vocab_size=500)["web"]
+    shards = [IndexedReader(tmp_path / f"out{number}.heldout").tokens(0, 97) for number in range(3)]
+    rows = [tokens[start : start + 33] for tokens in shards for start in (0, 32, 64)]
+    assert np.array_equal(held.windows(100)[:9], rows[:9]) and len(held.windows(100)) == 3 + 3 + 4
+    assert held.unigram_entropy is None  # these have no manifest
+    with pytest.raises(DataError, match="vocabulary has 10 ids"):
+        open_heldout(mixture(folder, tmp_path / "out", folder / "tok.model"), vocab_size=10)["web"].windows(1)
 
 
 def test_unigram_entropy() -> None:
