@@ -1,0 +1,79 @@
+"""The experts' linear layer against its loop, empty experts included."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+IN, OUT = 6, 9
+COUNTS = {
+    "uneven": [3, 1, 7, 2],
+    "empty first, middle and last": [0, 4, 0, 0, 5, 0],
+    "all to one": [0, 8],
+    "one expert": [5],
+    "no rows": [0, 0, 0],
+}
+
+
+def problem(counts: list[int], dtype: torch.dtype):
+    """Rows, weights and the gradient of the answer."""
+    generator = torch.Generator().manual_seed(len(counts))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(sum(counts), IN).requires_grad_(), draw(len(counts), OUT, IN).requires_grad_(), draw(sum(counts), OUT)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_is_the_loop(topology, counts):
+    from moe_train.model.grouped_linear import _GroupedLinear, grouped_linear_reference
+
+    x, weight, grad = problem(counts, torch.float64)
+    y = _GroupedLinear.apply(x, weight, counts)
+    y.backward(grad)
+    ours = y.detach(), x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    y = grouped_linear_reference(x, weight, counts)
+    y.backward(grad)
+    for mine, expected in zip(ours, (y.detach(), x.grad, weight.grad)):
+        torch.testing.assert_close(mine, expected, atol=1e-12, rtol=0)
+    for expert, count in enumerate(counts):
+        assert (ours[2][expert].abs().max() > 0) == (count > 0)
+
+
+def test_each_row_meets_its_own_expert(topology):
+    """The reference itself: rows 0-1 to expert 0, row 2 to expert 2."""
+    from moe_train.model.grouped_linear import grouped_linear_reference
+
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    weight = torch.tensor([[[10.0]], [[100.0]], [[1000.0]]])
+    assert grouped_linear_reference(x, weight, [2, 0, 1]).flatten().tolist() == [10.0, 20.0, 3000.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_go_straight_to_the_buffer(topology, dtype):
+    """With a ``main_grad`` to add to, no gradient is returned and two backwards add up, in fp32."""
+    from moe_train.model.grouped_linear import _GroupedLinear
+
+    counts = [3, 0, 4]
+    x, weight, grad = problem(counts, dtype)
+    _GroupedLinear.apply(x, weight, counts).backward(grad)
+    expected = weight.grad.float()
+    weight.grad = None
+    weight.main_grad = torch.zeros(weight.shape)
+    weight.accumulate_in_place = True
+    for _ in range(2):
+        _GroupedLinear.apply(x, weight, counts).backward(grad)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, 2 * expected, atol=1e-5, rtol=0)
+
+
+def test_the_layer_knows_its_place(topology):
+    from moe_train.model.grouped_linear import GroupedLinear
+
+    layer = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, topology, torch.float32)
+    placement = layer.weight.placement
+    assert (placement.name, placement.global_shape) == ("layers.0.mlp.down.weight", (4, OUT, IN))
+    assert layer.weight.allreduce is False, "experts are reduced over their own replicas"
+    whole = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, topology, torch.float32, sharded=False)
+    assert not hasattr(whole.weight, "allreduce") and whole.weight.sequence_parallel

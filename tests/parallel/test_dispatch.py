@@ -1,0 +1,83 @@
+"""The routing plan on one rank, trip by trip, against plain indexing; gradients against autograd in fp64."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.layout import Layout
+
+TOKENS, EXPERTS, WIDTH = 9, 5, 4
+
+
+@pytest.fixture(scope="module")
+def topology():
+    from parallel import engine
+
+    yield engine.start(Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1)
+    engine.stop()
+
+
+@pytest.fixture(params=[1, 2, 5])
+def routed(request, topology):
+    """(plan, experts [T, k]): expert 3 is nobody's choice unless everybody must take it."""
+    from megatron.core.transformer import TransformerConfig
+
+    from parallel.dispatch import ExpertDispatcher
+
+    top_k = request.param
+    scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(top_k))
+    scores[:, 3] = -1.0
+    experts = scores.topk(top_k).indices
+    engine = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        num_moe_experts=EXPERTS,
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False,
+    )
+    return ExpertDispatcher(EXPERTS, engine, topology).plan(experts), experts
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+
+def pairs_by_expert(experts: torch.Tensor) -> list[tuple[int, int]]:
+    """(token, slot) of every row: by expert, then by token."""
+    pairs = [(token, slot) for token in range(TOKENS) for slot in range(experts.shape[1])]
+    return sorted(pairs, key=lambda pair: int(experts[pair]))
+
+
+def test_counts(routed):
+    plan, experts = routed
+    assert plan.counts == [int((experts == expert).sum()) for expert in range(EXPERTS)]
+    assert plan.counts[3] == (TOKENS if experts.shape[1] == EXPERTS else 0)
+
+
+def test_tokens_go_to_their_experts(routed):
+    plan, experts = routed
+    x = draw(TOKENS, WIDTH)
+    rows = plan.dispatch_tokens(x)
+    assert torch.equal(rows, torch.stack([x[token] for token, _ in pairs_by_expert(experts)]))
+    assert torch.autograd.gradcheck(plan.dispatch_tokens, (x,))
+
+
+def test_pairs_go_out_and_come_home(routed):
+    plan, experts = routed
+    x = draw(TOKENS, experts.shape[1], WIDTH)
+    rows = plan.dispatch_pairs(x)
+    assert torch.equal(rows, torch.stack([x[pair] for pair in pairs_by_expert(experts)]))
+    assert torch.equal(plan.collect_pairs(rows), x)
+    assert torch.autograd.gradcheck(plan.dispatch_pairs, (x,))
+    assert torch.autograd.gradcheck(plan.collect_pairs, (rows.detach().requires_grad_(),))
+
+
+def test_answers_are_weighted_by_their_gates(routed):
+    plan, experts = routed
+    rows, gates = draw(TOKENS * experts.shape[1], WIDTH), draw(TOKENS, experts.shape[1])
+    expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
+    for row, (token, slot) in zip(rows, pairs_by_expert(experts)):
+        expected[token] += gates[token, slot] * row
+    torch.testing.assert_close(plan.collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(plan.collect_weighted, (rows, gates))
