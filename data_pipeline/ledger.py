@@ -55,8 +55,8 @@ class Segment:
     Attributes:
         first_sample: where it begins; it ends where the next begins, or with its mixture.
         origin: where the assignment of samples to sources began to count: `first_sample`, or that of an
-        earlier segment when an edit
-            left the weights of the current phase alone, so that such an edit moves no sample.
+            earlier segment when an edit left the weights of the current phase alone, so that such an edit
+            moves no sample.
         cursors: windows of each source handed out before `first_sample`.
         skipped: ranges [first, last) of samples that were passed over, not trained on.
     """

@@ -4,15 +4,16 @@
 A source is read in chunks of neighbouring windows (2^18 tokens, about half a megabyte), since single reads of
 8 KB at random places defeat the disk's read-ahead and object stores. The chunks of the whole source are
 permuted; 64 of them are open at a time (a group, 2^24 tokens), and the windows of a group are permuted among
-each other. So the order is random at both scales, and whoever reads it in turn touches 64 places at once,
-each front to back in effect, and never comes back in that epoch.
+each other. So the order is random at both scales, and whoever reads it in turn needs 64 chunks at a time, which
+it does not come back to in that epoch.
 
 Both permutations are Feistel networks on Z_a x Z_b with a * b just above the size, and cycle walking: a
 bijection on any size, with no table. Positions that would fall beyond the source's last window (its last
 chunk is a part of one) are walked on likewise.
 
-The order is a function of (seed, source name, epoch) and the number of windows alone. It must never change
-once runs exist: another order needs a new version, and the ledger records the version of each segment.
+The order is a function of (seed, source name, epoch), the number of windows and the sequence length alone. It
+must never change once runs exist, nor may the assignment of samples to sources (`data_pipeline.assignment`):
+another order needs a new version, and the ledger records the version of each segment.
 """
 
 from __future__ import annotations

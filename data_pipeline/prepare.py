@@ -101,8 +101,10 @@ def prepare(
         text_key: the field of a .jsonl line that holds the text.
         holdout: the part of the documents (0 to 0.5) kept for validation.
         max_bad: how many documents may be left out (malformed, not UTF-8, empty, no field) before it is an
-        error; None: any number. overwrite: replace a corpus that is there already. progress: show a progress
-        bar and a summary on stderr; None: only when it is a terminal.
+            error; None: any number.
+        overwrite: replace a corpus that is there already.
+        progress: show a progress bar and a summary on stderr; None: the bar on a terminal only; False:
+            neither, unless documents were left out.
 
     Raises DataError, one line.
     """
@@ -136,7 +138,7 @@ def prepare(
             bar.update(corpus)
         corpus.finish({"command": shlex.join(command), "text_key": text_key, "holdout": holdout})
     report = corpus.report(time.monotonic() - begun)
-    if bar.shown or report.bad:
+    if progress is not False or report.bad:
         print(report.summary(), file=sys.stderr)
     return report
 

@@ -24,7 +24,7 @@ def mix_table(ledger: Ledger, position: int | None = None) -> dict[str, Any]:
 
     Args:
         position: the number of samples fed so far; with it every row has ``consumed_tokens`` and
-        ``consumed_epochs`` as well.
+            ``consumed_epochs`` as well.
 
     Returns:
         ``{sequence_length, samples, tokens, seed, phases: [{name, samples, tokens, sources: [row]}], sources:

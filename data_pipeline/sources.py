@@ -37,8 +37,8 @@ class Source:
 
     Args:
         shards: opened readers, in the order in which the mixture names them.
-        vocab_size: ids of this size and above are refused when a window is read; None checks for negative ids
-        only.
+        vocab_size: ids of this size and above are refused when a window is read; None checks for negative
+            ids only.
     """
 
     def __init__(

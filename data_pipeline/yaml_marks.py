@@ -5,8 +5,9 @@ The reader follows YAML 1.2's core schema, not PyYAML's 1.1: ``5e-4`` is a numbe
 aliases are refused. ``${NAME}`` stands for an environment variable, which must be set.
 
     document = read_yaml("run.yaml")
-    config = validate(RunConfig, document)        # a pydantic model; YamlError: "run.yaml:12: optimizer.lrr:
-    unknown key; ..."
+    config = validate(RunConfig, document)        # a pydantic model
+
+A mistake is a YamlError such as ``run.yaml:12: optimizer.lrr: unknown key; did you mean 'lr'?``.
 """
 
 from __future__ import annotations
