@@ -4,8 +4,8 @@
 A source is read in chunks of neighbouring windows (2^18 tokens, about half a megabyte), since single reads of
 8 KB at random places defeat the disk's read-ahead and object stores. The chunks of the whole source are
 permuted; 64 of them are open at a time (a group, 2^24 tokens), and the windows of a group are permuted among
-each other. So the order is random at both scales, and whoever reads it in turn needs 64 chunks at a time, which
-it does not come back to in that epoch.
+each other. So the order is random at both scales, and whoever reads it in turn needs 64 chunks at a time,
+which it does not come back to in that epoch.
 
 Both permutations are Feistel networks on Z_a x Z_b with a * b just above the size, and cycle walking: a
 bijection on any size, with no table. Positions that would fall beyond the source's last window (its last
