@@ -1,6 +1,7 @@
 """What a run leaves behind as it goes, written by rank 0 alone: metrics, events, console, trackers, ledger."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class Recorder:
         self.folder.event("skip", step, reason=fault, first_sample=first_sample, samples=count)
         self.folder.write_ledger(self.trainer.ledger.to_dict())
         self.console.warn(f"step {step}: {fault}; update skipped")
+
+    def warn(self, text: str) -> None:
+        """Say and record that something went wrong that the run survives."""
+        if self.active:
+            self.console.warn(text)
+            self.folder.event("warning", self.trainer.position.step, text=text)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Record a checkpoint that is on disk."""
+        if self.active:
+            self.folder.event("save", int(checkpoint.name.removeprefix("iter_")), checkpoint=str(checkpoint))
 
     def before_save(self) -> None:
         """Bring to the disk what a checkpoint takes for granted."""

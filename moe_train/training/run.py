@@ -81,7 +81,16 @@ def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
     stop_file = trainer.folder.stop_path if first else None
     watchdog = Watchdog(run.faults.step_timeout, rank_log_path(trainer.folder.logs, topology.rank))
     tokenizer = Path(run.mixture.tokenizer) if run.mixture.tokenizer else None
-    checkpointer = Checkpointer(trainer.folder.checkpoints, run.checkpoint, trainer.model, trainer.optimizer, topology, tokenizer)
+    checkpointer = Checkpointer(
+        trainer.folder.checkpoints,
+        run.checkpoint,
+        trainer.model,
+        trainer.optimizer,
+        topology,
+        tokenizer,
+        warn=recorder.warn,
+        saved=recorder.saved,
+    )
     try:
         with StopRequest(stop_file, run.training.max_wall_time) as stop:
             reason = train(trainer, recorder, checkpointer, stop, watchdog)

@@ -1,0 +1,135 @@
+"""A model's weights as global tensors, one at a time, without ranks: what converters read and write."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+
+from moe_train.checkpoint.manifest import describe, write_manifest
+from moe_train.checkpoint.pieces import Piece
+from moe_train.checkpoint.retention import checkpoints
+from moe_train.checkpoint.save import FORMAT_VERSION, POINTER, RUN_STATE, WRITING
+from moe_train.checkpoint.storage import PieceSaver, read_metadata, read_pieces
+from moe_train.errors import DamagedError, UserError
+from moe_train.model.config import ModelConfig
+
+PREFIX = "weights."
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its latest.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / RUN_STATE).exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        pointer = folder / POINTER
+        if pointer.exists():
+            latest = folder / f"iter_{int(pointer.read_text()):07d}"
+            if (latest / RUN_STATE).exists():
+                return latest
+        if found := checkpoints(folder):
+            return found[-1]
+    raise UserError(f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert` wrote")
+
+
+class WeightsReader:
+    """Reads the weights of a checkpoint.
+
+    Attributes:
+        path: the checkpoint; ``state``: its run state; ``config``: its model's config; ``shapes``: global name -> shape.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = resolve_checkpoint(path)
+        self.state = json.loads((self.path / RUN_STATE).read_text(encoding="utf-8"))
+        self.config = ModelConfig.model_validate(self.state["model"])
+        stored = read_metadata(self.path).state_dict_metadata
+        self.shapes = {key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)}
+        self._dtypes = {name: stored[PREFIX + name].properties.dtype for name in self.shapes}
+        if set(self.shapes) != set(self.config.parameter_shapes()):
+            odd = sorted(set(self.shapes) ^ set(self.config.parameter_shapes()))
+            raise DamagedError(f"{self.path}: the weights are not those of its model's config: {odd[0]} and {len(odd) - 1} more")
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter, in the order of the model."""
+        return list(self.config.parameter_shapes())
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that lies in the checkpoint, if one does."""
+        found = sorted([*self.path.glob("*.model"), *self.path.glob("tokenizer.json")])
+        return found[0] if found else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole parameter, in the precision it was stored in."""
+        shape = self.shapes[name]
+        tensor = torch.empty(shape, dtype=self._dtypes[name])
+        read_pieces(self.path, [Piece(PREFIX + name, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)])
+        return tensor
+
+
+def write_weights(
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    tokenizer: Path | None = None,
+    extra_state: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint of weights alone. ``tensors`` come in the order of ``config.parameter_shapes()``, one in memory at a time.
+
+    Raises:
+        UserError: ``path`` exists.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+        raise UserError(f"{path} exists already: choose another folder")
+    writing = path.with_name(path.name + WRITING)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    stream = iter(tensors)
+    pieces = [
+        Piece(PREFIX + name, shape, (0,) * len(shape), shape, dtype, lambda name=name, shape=shape: _next(stream, name, shape, dtype))
+        for name, shape in config.parameter_shapes().items()
+    ]
+    saver = PieceSaver(pieces)
+    writer = FileSystemWriter(writing)
+    plans, metadata = saver.create_global_plan([saver.create_local_plan()])
+    results = writer.write_data(writer.prepare_global_plan(plans)[0], saver).wait()
+    writer.finish(metadata, [results])
+    state = {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "samples": 0,
+        "tokens": 0,
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype)),
+        "model": config.model_dump(mode="json"),
+        **(extra_state or {}),
+    }
+    (writing / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, writing / tokenizer.name)
+    write_manifest(writing, describe(writing, sorted(file.name for file in writing.iterdir())))
+    if path.exists():
+        path.rmdir()
+    writing.rename(path)
+
+
+def _next(stream, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    found, tensor = next(stream)
+    if found != name or tuple(tensor.shape) != shape:
+        raise ValueError(f"expected {name} of shape {shape}, got {found} of {tuple(tensor.shape)}")
+    return tensor.to(dtype)
