@@ -28,12 +28,14 @@ class ModelOptions:
 
     ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLP experts; ``full``,
     each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts too.
+    ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to follow.
     """
 
     dtype: torch.dtype = torch.float32
     seed: int = 1234
     recompute: str = "none"
     sharded_attention: bool = True
+    initialize: bool = True
 
 
 class Layer(torch.nn.Module):
@@ -82,7 +84,7 @@ class JetMoE(MegatronModule):
         if self.post_process:
             self.final_norm = RMSNorm("final_norm", config.hidden_size, config.norm_eps, topology, options.dtype)
             self.head = VocabularyHead(self._head_weight(), config.vocab_size, topology)
-        if topology.device.type != "meta":
+        if options.initialize and topology.device.type != "meta":
             for parameter in self.parameters():
                 initialize(parameter, seed=options.seed, std=config.init_std)
 
