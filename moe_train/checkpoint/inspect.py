@@ -1,13 +1,12 @@
 """``moe-train checkpoint list`` and ``verify``."""
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
 
+from moe_train.checkpoint.folder import checkpoints, read_run_state, resolve_checkpoint
 from moe_train.checkpoint.manifest import check_files, read_manifest
-from moe_train.checkpoint.retention import checkpoints
 from moe_train.errors import DamagedError, UserError
 
 
@@ -28,8 +27,8 @@ def list_checkpoints(run: str | Path) -> int:
     for path in found:
         try:
             entries = read_manifest(path)
-            state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
-        except (DamagedError, OSError, ValueError) as error:
+            state = read_run_state(path)
+        except DamagedError as error:
             table.add_row(path.name, "", "", "", "", "", f"damaged: {error}")
             continue
         size = sum(entry["bytes"] for entry in entries.values())
@@ -45,8 +44,6 @@ def verify(checkpoint: str | Path) -> int:
     Raises:
         DamagedError: with the file and the reason.
     """
-    from moe_train.checkpoint.weights import resolve_checkpoint
-
     path = resolve_checkpoint(checkpoint)
     entries = read_manifest(path)
     if reason := check_files(path, entries):
@@ -61,7 +58,7 @@ def _check_coverage(path: Path) -> int:
     from moe_train.checkpoint.storage import read_metadata
     from moe_train.model.config import ModelConfig
 
-    state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
+    state = read_run_state(path)
     shapes = ModelConfig.model_validate(state["model"]).parameter_shapes()
     stored = read_metadata(path).state_dict_metadata
     missing = [name for name in shapes if f"weights.{name}" not in stored]

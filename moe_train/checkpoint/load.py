@@ -1,14 +1,12 @@
 """Loading: the newest checkpoint that is whole, into any layout."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from moe_train.checkpoint.folder import DAMAGED, POINTER, checkpoints, read_run_state
 from moe_train.checkpoint.manifest import check_files, read_manifest
 from moe_train.checkpoint.pieces import pieces_to_load
-from moe_train.checkpoint.retention import checkpoints
-from moe_train.checkpoint.save import FORMAT_VERSION, POINTER, RUN_STATE
 from moe_train.checkpoint.storage import read_metadata, read_pieces
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
@@ -42,7 +40,7 @@ def find_checkpoint(folder: Path, which: str, topology: Topology) -> Path | None
             return path
         damaged.append(f"{path.name}: {reason}")
         if topology.rank == 0:
-            aside = path.with_name(path.name + ".damaged")
+            aside = path.with_name(path.name + DAMAGED)
             print(f"warning: {path}: {reason}; set aside as {aside.name}", flush=True)
             path.rename(aside)
     if damaged or topology.from_rank_zero((folder / POINTER).exists()):
@@ -73,21 +71,6 @@ def load_checkpoint(
     read_pieces(path, pieces_to_load(chunks, optimizer, with_main))
     if optimizer is not None:
         optimizer.set_steps_taken(state["optimizer_steps"])
-    return state
-
-
-def read_run_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its tensors.
-
-    Raises:
-        DamagedError: it is missing or of a later format.
-    """
-    try:
-        state = json.loads((path / RUN_STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is not a checkpoint: it has no {RUN_STATE}") from None
-    if state["format_version"] > FORMAT_VERSION:
-        raise DamagedError(f"{path} has format {state['format_version']}, this version reads up to {FORMAT_VERSION}: update moe-train")
     return state
 
 

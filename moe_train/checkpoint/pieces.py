@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from moe_train.checkpoint.rectangles import rectangles
-from moe_train.model.jetmoe import JetMoE
-from moe_train.training.optimizer import Optimizer, ShardState
 from parallel.placement import Placement
+
+if TYPE_CHECKING:  # tensors are read and written on machines without megatron-core's imports too
+    from moe_train.model.jetmoe import JetMoE
+    from moe_train.training.optimizer import Optimizer, ShardState
 
 
 @dataclass(frozen=True)

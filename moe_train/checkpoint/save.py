@@ -22,16 +22,14 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
 from moe_train.checkpoint.config import CheckpointConfig
-from moe_train.checkpoint.manifest import describe, flush, write_manifest
+from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, clean, commit, remove_superseded
+from moe_train.checkpoint.manifest import describe, write_manifest
 from moe_train.checkpoint.pieces import Piece, pieces_to_save
-from moe_train.checkpoint.retention import remove_superseded
 from moe_train.checkpoint.storage import PieceSaver
 from moe_train.model.jetmoe import JetMoE
 from moe_train.training.optimizer import Optimizer
 from parallel.topology import Topology
 
-FORMAT_VERSION = 1
-POINTER, RUN_STATE, WRITING = "latest_checkpointed_iteration.txt", "run_state.json", ".writing"
 RECEIPT_SECONDS = 1800.0
 """How long rank 0 waits for the receipts of the others."""
 
@@ -62,8 +60,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if topology.rank == 0:
-            for left_over in folder.glob("iter_*" + WRITING):
-                shutil.rmtree(left_over)
+            clean(folder)
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """Save ``step``; waits first for a save that is still being written. Every rank calls it."""
@@ -163,20 +160,6 @@ class Checkpointer:
                 time.sleep(0.01)
             receipts.append(pickle.loads(path.read_bytes()))
         return receipts
-
-
-def commit(target: Path, writing: Path) -> None:
-    """Make the finished folder ``writing`` the checkpoint ``target`` and the newest one."""
-    if target.exists():  # of a part of the run that was computed again
-        shutil.rmtree(target)
-    os.replace(writing, target)
-    flush(target.parent)
-    pointer = target.parent / POINTER
-    temporary = pointer.with_suffix(".part")
-    temporary.write_text(f"{int(target.name.removeprefix('iter_'))}\n", encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, pointer)
-    flush(target.parent)
 
 
 def _receipt(writing: Path, rank: int) -> Path:

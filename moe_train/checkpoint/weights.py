@@ -3,42 +3,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, read_run_state, resolve_checkpoint, tokenizer_in
 from moe_train.checkpoint.manifest import describe, write_manifest
 from moe_train.checkpoint.pieces import Piece
-from moe_train.checkpoint.retention import checkpoints
-from moe_train.checkpoint.save import FORMAT_VERSION, POINTER, RUN_STATE, WRITING
 from moe_train.checkpoint.storage import PieceSaver, read_metadata, read_pieces
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
 
 PREFIX = "weights."
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its latest.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if (path / RUN_STATE).exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        pointer = folder / POINTER
-        if pointer.exists():
-            latest = folder / f"iter_{int(pointer.read_text()):07d}"
-            if (latest / RUN_STATE).exists():
-                return latest
-        if found := checkpoints(folder):
-            return found[-1]
-    raise UserError(f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert` wrote")
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of what computes with the weights; fp16 is not one
 
 
 class WeightsReader:
@@ -50,7 +30,7 @@ class WeightsReader:
 
     def __init__(self, path: str | Path):
         self.path = resolve_checkpoint(path)
-        self.state = json.loads((self.path / RUN_STATE).read_text(encoding="utf-8"))
+        self.state = read_run_state(self.path)
         self.config = ModelConfig.model_validate(self.state["model"])
         stored = read_metadata(self.path).state_dict_metadata
         self.shapes = {key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)}
@@ -67,8 +47,7 @@ class WeightsReader:
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer that lies in the checkpoint, if one does."""
-        found = sorted([*self.path.glob("*.model"), *self.path.glob("tokenizer.json")])
-        return found[0] if found else None
+        return tokenizer_in(self.path)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
@@ -85,11 +64,13 @@ def write_weights(
     path: str | Path,
     config: ModelConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     tokenizer: Path | None = None,
     extra_state: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint of weights alone. ``tensors`` come in the order of ``config.parameter_shapes()``, one in memory at a time.
+
+    ``dtype`` is that of all tensors, or of each by its name.
 
     Raises:
         UserError: ``path`` exists.
@@ -100,10 +81,18 @@ def write_weights(
     writing = path.with_name(path.name + WRITING)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    stream = iter(tensors)
+    stream, shapes = iter(tensors), config.parameter_shapes()
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     pieces = [
-        Piece(PREFIX + name, shape, (0,) * len(shape), shape, dtype, lambda name=name, shape=shape: _next(stream, name, shape, dtype))
-        for name, shape in config.parameter_shapes().items()
+        Piece(
+            PREFIX + name,
+            shape,
+            (0,) * len(shape),
+            shape,
+            dtypes[name],
+            lambda name=name, shape=shape: _next(stream, name, shape, dtypes[name]),
+        )
+        for name, shape in shapes.items()
     ]
     saver = PieceSaver(pieces)
     writer = FileSystemWriter(writing)
@@ -115,7 +104,7 @@ def write_weights(
         "step": 0,
         "samples": 0,
         "tokens": 0,
-        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype)),
+        "precision": _PRECISIONS.get(dtypes["embedding.weight"], "fp32"),
         "model": config.model_dump(mode="json"),
         **(extra_state or {}),
     }

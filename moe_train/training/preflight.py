@@ -1,13 +1,13 @@
 """What can be said about a run before a rank is started: without torch, in well under a second."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.sources import open_sources
+from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
 from moe_train.config import RunConfig, load_run
-from moe_train.errors import UserError
+from moe_train.errors import DamagedError, UserError
 from moe_train.resume_rules import Change, check_resume
 from moe_train.training.run_folder import RunFolder
 
@@ -37,9 +37,8 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
 def last_checkpoint_state(folder: RunFolder) -> dict[str, Any] | None:
     """The run state of the newest checkpoint that the folder's pointer names, or None where there is none to read."""
     try:
-        step = int((folder.checkpoints / "latest_checkpointed_iteration.txt").read_text())
-        return json.loads((folder.checkpoints / f"iter_{step:07d}" / "run_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_run_state(resolve_checkpoint(folder.path))
+    except (UserError, DamagedError, ValueError):
         return None
 
 

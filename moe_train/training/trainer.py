@@ -11,8 +11,8 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
 from data_pipeline.sources import open_sources
 from data_pipeline.stream import SampleStream
-from moe_train.checkpoint.load import check_same_model, find_checkpoint, load_checkpoint, read_run_state
-from moe_train.checkpoint.weights import resolve_checkpoint
+from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
+from moe_train.checkpoint.load import check_same_model, find_checkpoint, load_checkpoint
 from moe_train.config import RunConfig
 from moe_train.model.build import DTYPES, build_model
 from moe_train.model.jetmoe import ModelOptions
