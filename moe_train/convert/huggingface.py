@@ -1,0 +1,173 @@
+"""``moe-train checkpoint convert``: a JetMoE from and to Hugging Face's format, bit for bit.
+
+One tensor is in memory at a time on the way in, one file's worth on the way out. Needs neither a GPU nor megatron-core.
+"""
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_train.convert.names import Counterpart, counterparts
+from moe_train.errors import DamagedError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_train.convert.hf_files import FolderReader
+    from moe_train.model.config import ModelConfig
+
+HALF_WRITTEN = ".writing"
+"""Ending of a folder that is not finished."""
+
+
+def from_hf(source: str | Path, out: str | Path) -> int:
+    """Turn the Hugging Face folder ``source`` into the checkpoint ``out``: weights and tokenizer, no optimizer state.
+
+    Every tensor of the folder must be one of the model's, with its shape, and the other way round.
+
+    Raises:
+        UserError: the folder is not that of a JetMoE that can be expressed here, or ``out`` exists.
+        DamagedError: a file cannot be read.
+    """
+    _need("safetensors")
+    from moe_train.checkpoint.weights import write_weights
+    from moe_train.convert.hf_config import model_config
+    from moe_train.convert.hf_files import FolderReader, read_json
+    from moe_train.convert.hf_tokenizer import find_tokenizer
+
+    source, out = Path(source), Path(out)
+    _check_free(out)
+    config_path = source / "config.json"
+    config = model_config(read_json(config_path), str(config_path))
+    reader = FolderReader(source)
+    pairs = counterparts(config)
+    _account_for_all(reader, pairs, config, source)
+    dtypes = {pair.name: reader.dtype(pair.hf_name) for pair in pairs}
+    for pair in pairs:
+        if not dtypes[pair.name].is_floating_point:
+            raise UserError(f"{source}: tensor {pair.hf_name} is {dtypes[pair.name]}: quantised weights are not converted")
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in _track(pairs, "reading"):
+            yield pair.name, reader.read(pair.hf_name).view(pair.shape)
+
+    write_weights(out, config, tensors(), dtypes, tokenizer=find_tokenizer(source))
+    print(f"{out}: {config.num_parameters():,} parameters in {_dtype_names(dtypes.values())}, from {len(pairs)} tensors")
+    return 0
+
+
+def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = None) -> int:
+    """Write the weights of ``checkpoint`` as the Hugging Face folder ``out``, which transformers' AutoModelForCausalLM loads.
+
+    The folder gets config.json, generation_config.json, the weights as safetensors (in several files beyond ``shard_bytes``,
+    5 GB unless given) and the tokenizer that lies in the checkpoint. It appears under its name once it is complete.
+
+    Raises:
+        UserError: there is no such checkpoint, Hugging Face's JetMoE cannot express the model, or ``out`` exists.
+        DamagedError: the checkpoint is not what its manifest says.
+    """
+    _need("safetensors")
+    from moe_train.checkpoint.manifest import check_files, read_manifest
+    from moe_train.checkpoint.weights import WeightsReader
+    from moe_train.convert.hf_config import hf_config
+    from moe_train.convert.hf_files import SHARD_BYTES, FolderWriter, write_json
+    from moe_train.convert.hf_tokenizer import export_tokenizer
+
+    out = Path(out)
+    _check_free(out)
+    reader = WeightsReader(checkpoint)
+    hf_config(reader.config, "", {})  # refuses what cannot be expressed, before hours of reading
+    if damage := check_files(reader.path, read_manifest(reader.path)):
+        raise DamagedError(f"{reader.path}: {damage}")
+    pairs = counterparts(reader.config)
+    dtypes = {pair.name: reader.dtype(pair.name) for pair in pairs}
+    with _new_folder(out) as folder:
+        ids, remark = export_tokenizer(reader.tokenizer, folder, reader.config.max_sequence_length)
+        dtype = str(dtypes["embedding.weight"]).removeprefix("torch.")
+        write_json(folder / "config.json", hf_config(reader.config, dtype, ids))
+        write_json(folder / "generation_config.json", _generation_config(ids))
+        writer = FolderWriter(folder, shard_bytes or SHARD_BYTES)
+        for pair in _track(pairs, "writing"):
+            writer.add(pair.hf_name, reader.read(pair.name).view(pair.hf_shape))
+        writer.close()
+    print(f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())}, {reader.config.num_parameters():,} parameters")
+    if remark:
+        print(f"note: {remark}")
+    return 0
+
+
+def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path) -> None:
+    """Every tensor there has its place here, and every parameter here its tensor there, in the right shape."""
+    wanted = {pair.hf_name: pair.hf_shape for pair in pairs}
+    found = dict(reader.shapes)
+    if config.tie_embeddings and "lm_head.weight" in found:
+        import torch
+
+        head, embedding = (reader.read(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, embedding):
+            raise UserError(
+                f"{source}: lm_head.weight differs from model.embed_tokens.weight, and config.json says tie_word_embeddings: true; "
+                "set it to false to keep both"
+            )
+        del found["lm_head.weight"]
+    for name in wanted:
+        if name not in found:
+            raise UserError(f"{source}: tensor {name} is missing; config.json describes another model, or a file is incomplete")
+    for name in found:
+        if name not in wanted:
+            raise UserError(f"{source}: tensor {name} belongs to no part of the model of config.json; nothing is dropped silently")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise UserError(f"{source}: tensor {name} has the shape {list(found[name])}, and by config.json it should have {list(shape)}")
+
+
+def _generation_config(ids: dict[str, int | None]) -> dict:
+    known = {key: value for key, value in ids.items() if value is not None}
+    return {"_from_model_config": True, **known}
+
+
+def _check_free(out: Path) -> None:
+    """``out`` is a new folder, or an empty one."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: choose another folder")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes the name ``out`` when all of it is written, and goes away when that fails."""
+    writing = out.with_name(out.name + HALF_WRITTEN)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    writing.rename(out)
+
+
+def _need(package: str) -> None:
+    """Say that a package is missing before anything is read."""
+    if find_spec(package) is None:
+        raise UserError(f"conversion needs the package {package}: pip install 'moe-train[export]'")
+
+
+def _dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
+def _track(items: list, verb: str) -> Iterable:
+    """``items`` with a progress bar on a terminal."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, verb, console=Console(stderr=True), transient=True)
