@@ -56,8 +56,6 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
         EngineError: megatron-core is missing or of another version, or the world has another size than the layout.
     """
     check_megatron()
-    from megatron.core import parallel_state
-
     if use_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     else:
@@ -70,8 +68,22 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
         raise EngineError(
             f"{dist.get_world_size()} ranks were started but the layout is {layout.describe()}: start {layout.world_size} ranks"
         )
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    global _layout
+    if layout != _layout:
+        _dissolve_groups()
+        _form_groups(layout)
+        _layout = layout
+    seed_everything(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return Topology.current(layout)
+
+
+_layout: Layout | None = None  # whose groups are formed
+
+
+def _form_groups(layout: Layout) -> None:
+    from megatron.core import parallel_state
+
     virtual = layout.virtual_pipeline if (layout.virtual_pipeline or 1) > 1 else None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -81,17 +93,24 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
-    seed_everything(seed)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    return Topology.current(layout)
+
+
+def _dissolve_groups() -> None:
+    """Close the groups of the last layout: megatron-core only forgets them, and each keeps threads and connections."""
+    from megatron.core import parallel_state
+
+    global _layout
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    _layout = None
 
 
 def stop() -> None:
     """Leave the groups. Safe to call when the engine never started."""
     if dist.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        _dissolve_groups()
         dist.destroy_process_group()
 
 

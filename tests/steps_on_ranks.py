@@ -10,7 +10,7 @@ from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, Rout
 from parallel import engine
 from parallel.layout import Layout
 
-MICRO_BATCH, GLOBAL_BATCH = 2, 8
+MICRO_BATCH, GLOBAL_BATCH = 2, 4
 
 
 def small_model(**changes) -> ModelConfig:
@@ -78,3 +78,37 @@ def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch:
     built = build(make_layout(world_size, **layout), config, **options)
     built[1].micro_batch_size = micro_batch
     return run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
+
+
+def save(layout: dict, folder: str, steps: int, more: int, **options) -> list[dict]:
+    """Take ``steps`` steps, save to ``folder``, take ``more``; the figures of the latter."""
+    from pathlib import Path
+
+    from moe_train.checkpoint.config import CheckpointConfig
+    from moe_train.checkpoint.save import Checkpointer
+
+    config = small_model()
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
+    run_steps(built, range(steps), config.vocab_size)
+    chunks, _, optimizer, _, topology = built
+    checkpointer = Checkpointer(Path(folder), CheckpointConfig(), chunks, optimizer, topology)
+    checkpointer.save(steps, {"step": steps, "samples": steps * GLOBAL_BATCH, "tokens": 0})
+    figures = run_steps(built, range(steps, steps + more), config.vocab_size)
+    checkpointer.wait()
+    return figures
+
+
+def resume(layout: dict, checkpoints: list[str], steps: int, more: int, **options) -> list[list[dict]]:
+    """From each checkpoint, built with other initial weights: the figures of ``more`` steps."""
+    from pathlib import Path
+
+    from moe_train.checkpoint.load import load_checkpoint
+
+    config = small_model()
+    figures = []
+    for checkpoint in checkpoints:
+        built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, seed=77, **options)
+        state = load_checkpoint(Path(checkpoint), built[0], built[2], built[4])
+        assert state["step"] == steps
+        figures.append(run_steps(built, range(steps, steps + more), config.vocab_size))
+    return figures
