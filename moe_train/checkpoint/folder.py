@@ -1,25 +1,45 @@
-"""The folder of checkpoints: names, what is committed, which one is meant, which ones stay. Needs no torch."""
+"""The folder of checkpoints: names, what is committed, which one is meant. Needs no torch.
+
+A checkpoint is a folder ``iter_0000100`` whose manifest is whole. Whatever else lies beside has an ending: it is being written, being
+removed, or was set aside.
+"""
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.config import CheckpointConfig
-from moe_train.checkpoint.manifest import flush
+from moe_train.checkpoint.manifest import flush, is_complete
 from moe_train.errors import DamagedError, UserError
 
 FORMAT_VERSION = 1
 POINTER, RUN_STATE = "latest_checkpointed_iteration.txt", "run_state.json"
-WRITING, REMOVING, DAMAGED = ".writing", ".removing", ".damaged"
-"""Endings of folders that are no checkpoints: not finished, half removed, set aside."""
+WRITING, REMOVING = ".writing", ".removing"
+"""Endings of folders that the next start removes: not finished, half removed."""
+DAMAGED, SUPERSEDED = ".damaged", ".superseded"
+"""Endings of folders that were set aside for people to look at: not whole, or of a part of the run that was given up."""
+
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """``iter_0000100`` for step 100."""
+    return f"iter_{step:07d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("iter_" + "[0-9]" * 7) if path.is_dir())
+    return sorted((path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def held_any(folder: Path) -> bool:
+    """Whether the run ever committed a checkpoint, as far as the folder tells."""
+    return (folder / POINTER).exists() or any(
+        _NAME.match(path.name) and not path.name.partition(".")[2].startswith(WRITING[1:]) for path in folder.glob("iter_*")
+    )
 
 
 def step_of(path: Path) -> int:
@@ -28,7 +48,8 @@ def step_of(path: Path) -> int:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its latest.
+    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its newest complete one,
+    ``RUN_DIR@STEP`` the one of that step.
 
     Raises:
         UserError: there is none.
@@ -36,14 +57,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / RUN_STATE).exists():
         return path
-    for folder in (path / "checkpoints", path):
-        pointer = folder / POINTER
-        if pointer.exists():
-            latest = folder / f"iter_{int(pointer.read_text()):07d}"
-            if (latest / RUN_STATE).exists():
-                return latest
-        if found := checkpoints(folder):
+    at = re.fullmatch(r"(.+)@(\d+)", str(path))
+    run, step = (Path(at[1]), int(at[2])) if at and not path.exists() else (path, None)
+    for folder in (run / "checkpoints", run):
+        found = [each for each in checkpoints(folder) if step is None or step_of(each) == step]
+        for each in reversed(found):
+            if is_complete(each):
+                return each
+        if found:  # what is wrong with it is for the reader to say
             return found[-1]
+    if step is not None:
+        there = [step_of(each) for folder in (run / "checkpoints", run) for each in checkpoints(folder)]
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {there or 'none'}")
     raise UserError(f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert` wrote")
 
 
@@ -51,17 +76,18 @@ def read_run_state(path: Path) -> dict[str, Any]:
     """What a checkpoint says of the run beside its tensors.
 
     Raises:
-        DamagedError: it is missing, unreadable or of a later format.
+        DamagedError: it is missing or unreadable.
+        UserError: it is of a later format.
     """
     try:
         state = json.loads((path / RUN_STATE).read_text(encoding="utf-8"))
-        version = state["format_version"]
+        version = int(state["format_version"])
     except FileNotFoundError:
         raise DamagedError(f"{path} is not a checkpoint: it has no {RUN_STATE}") from None
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{path / RUN_STATE} is unreadable") from None
     if version > FORMAT_VERSION:
-        raise DamagedError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train")
+        raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train")
     return state
 
 
@@ -75,8 +101,13 @@ def commit(target: Path, writing: Path) -> None:
     """Make the finished folder ``writing`` the checkpoint ``target`` and the newest one."""
     if target.exists():  # of a part of the run that was computed again
         remove(target)
-    os.replace(writing, target)
+    os.rename(writing, target)
     flush(target.parent)
+    point_to(target)
+
+
+def point_to(target: Path) -> None:
+    """Name ``target`` in the file that other programs look at. Ours go by the folders themselves."""
     pointer = target.parent / POINTER
     temporary = pointer.with_suffix(".part")
     temporary.write_text(f"{step_of(target)}\n", encoding="utf-8")
@@ -87,37 +118,38 @@ def commit(target: Path, writing: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; half a removed one is never taken for a whole one."""
-    doomed = path.with_name(path.name + REMOVING)
+    doomed = _free(path, REMOVING)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def clean(folder: Path) -> None:
-    """Remove what an earlier start left unfinished."""
-    for ending in (WRITING, REMOVING):
-        for left_over in folder.glob("iter_*" + ending):
-            shutil.rmtree(left_over)
+def set_aside(path: Path, ending: str) -> Path:
+    """Rename a checkpoint so that it is none any more; returns its new path, which is its own where it cannot be renamed."""
+    aside = _free(path, ending)
+    try:
+        path.rename(aside)
+    except OSError:
+        return path
+    return aside
 
 
-def remove_superseded(folder: Path, config: CheckpointConfig, keep: Path) -> None:
-    """Remove all but ``keep``, the newest ``keep_last``, and one every ``keep_every``."""
-    found = checkpoints(folder)
-    forever = _kept_forever(found, config)
-    for path in found[: -config.keep_last]:
-        if path != keep and path not in forever:
-            remove(path)
+def clean(folder: Path) -> list[Path]:
+    """Remove what an earlier start left unfinished; returns what could not be removed."""
+    left = [path for path in folder.glob("iter_*") if _is_left_over(path.name)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in left if path.exists()]
 
 
-def _kept_forever(found: list[Path], config: CheckpointConfig) -> set[Path]:
-    """The first checkpoint in each stretch of ``keep_every`` tokens or steps."""
-    if config.keep_every is None:
-        return set()
-    first: dict[int, Path] = {}
-    for path in found:
-        try:
-            state = read_run_state(path)
-        except DamagedError:
-            continue
-        amount = state["step"] if config.keep_every.steps is not None else state["tokens"]
-        first.setdefault(amount // config.keep_every.amount, path)
-    return set(first.values())
+def _is_left_over(name: str) -> bool:
+    _, _, ending = name.partition(".")
+    return f".{ending}".startswith((WRITING, REMOVING))
+
+
+def _free(path: Path, ending: str) -> Path:
+    """``path`` with an ending under which nothing lies yet."""
+    for number in range(1, 1000):
+        candidate = path.with_name(f"{path.name}{ending}{'' if number == 1 else number}")
+        if not candidate.exists():
+            return candidate
+    raise FileExistsError(f"{path}{ending}: too many of them")

@@ -1,12 +1,12 @@
 """``moe-train checkpoint list`` and ``verify``."""
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
 from moe_train.checkpoint.folder import checkpoints, read_run_state, resolve_checkpoint
 from moe_train.checkpoint.manifest import check_files, read_manifest
+from moe_train.checkpoint.retention import is_verified, mark_verified
 from moe_train.errors import DamagedError, UserError
 
 
@@ -33,7 +33,7 @@ def list_checkpoints(run: str | Path) -> int:
             continue
         size = sum(entry["bytes"] for entry in entries.values())
         age = duration(time.time() - path.stat().st_mtime)
-        table.add_row(path.name, str(state["step"]), count(state["tokens"]), count(size) + "B", age, state.get("layout", ""), "complete")
+        table.add_row(path.name, str(state["step"]), count(state["tokens"]), count(size) + "B", age, state.get("layout", ""), "verified" if is_verified(path) else "complete")
     Console().print(table)
     return 0
 
@@ -44,37 +44,18 @@ def verify(checkpoint: str | Path) -> int:
     Raises:
         DamagedError: with the file and the reason.
     """
+    from moe_train.checkpoint.coverage import what_is_not_covered
+    from moe_train.checkpoint.reader import read_metadata
+    from moe_train.model.config import ModelConfig
+
     path = resolve_checkpoint(checkpoint)
     entries = read_manifest(path)
     if reason := check_files(path, entries):
         raise DamagedError(f"{path}: {reason}")
-    elements = _check_coverage(path)
-    print(f"{path}: {len(entries)} files are as written, {elements:,} parameters are covered once")
+    model = ModelConfig.model_validate(read_run_state(path)["model"])
+    if fault := what_is_not_covered(read_metadata(path), model):
+        raise DamagedError(f"{path}: {fault}")
+    if path.name.startswith("iter_"):
+        mark_verified(path)
+    print(f"{path}: {len(entries)} files are as written, {model.num_parameters():,} parameters are covered once")
     return 0
-
-
-def _check_coverage(path: Path) -> int:
-    """The elements of the model, after checking that the rectangles of each tensor tile it."""
-    from moe_train.checkpoint.storage import read_metadata
-    from moe_train.model.config import ModelConfig
-
-    state = read_run_state(path)
-    shapes = ModelConfig.model_validate(state["model"]).parameter_shapes()
-    stored = read_metadata(path).state_dict_metadata
-    missing = [name for name in shapes if f"weights.{name}" not in stored]
-    if missing:
-        raise DamagedError(f"{path}: weights.{missing[0]} is missing")
-    for key, tensor in stored.items():
-        name = key.split(".", 1)[1]
-        if name not in shapes or tuple(tensor.size) != tuple(shapes[name]):
-            raise DamagedError(f"{path}: {key} does not belong to the model of run_state.json")
-        chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
-        covered = sum(math.prod(sizes) for _, sizes in chunks)
-        if covered != math.prod(tensor.size) or any(_overlap(a, b) for i, a in enumerate(chunks) for b in chunks[:i]):
-            raise DamagedError(f"{path}: the pieces of {key} do not cover it exactly once")
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _overlap(a, b) -> bool:
-    """Whether two rectangles, each (offset, extent), share an element."""
-    return all(x < y + m and y < x + n for x, n, y, m in zip(a[0], a[1], b[0], b[1]))

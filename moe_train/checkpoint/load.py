@@ -2,61 +2,86 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_train.checkpoint.folder import DAMAGED, POINTER, checkpoints, read_run_state
+from moe_train.checkpoint.folder import (
+    DAMAGED,
+    SUPERSEDED,
+    checkpoints,
+    clean,
+    held_any,
+    point_to,
+    read_run_state,
+    resolve_checkpoint,
+    set_aside,
+    step_of,
+)
 from moe_train.checkpoint.manifest import check_files, read_manifest
 from moe_train.checkpoint.pieces import pieces_to_load
-from moe_train.checkpoint.storage import read_metadata, read_pieces
+from moe_train.checkpoint.random_state import restore_random_state
+from moe_train.checkpoint.reader import read_metadata, read_pieces
+from moe_train.checkpoint.retention import mark_verified
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
-from moe_train.model.jetmoe import JetMoE
-from moe_train.training.optimizer import Optimizer
-from parallel.topology import Topology
 
-NOT_COMPARED = {"router", "max_sequence_length"}
-"""Parts of a model's config on which no weight depends."""
+if TYPE_CHECKING:
+    from moe_train.model.jetmoe import JetMoE
+    from moe_train.training.optimizer import Optimizer
+    from parallel.topology import Topology
+
+NOT_COMPARED = {"router", "max_sequence_length", "init_std"}
+"""Parts of a model's config on which no trained weight depends."""
 
 
-def find_checkpoint(folder: Path, which: str, topology: Topology) -> Path | None:
-    """The checkpoint to resume from: ``auto``, the newest in ``folder`` that is whole, or the one at the path ``which``.
+def find_checkpoint(folder: Path, which: str = "auto", topology: Topology | None = None) -> Path | None:
+    """The checkpoint to resume from: ``auto``, the newest in ``folder`` that is whole, or the one that the path ``which`` means.
 
     None where there never was one. All ranks check the hashes together, each file once. A checkpoint that is not whole is
-    set aside (renamed to ``.damaged``) with the reason on the console, and the one before is taken.
+    set aside (renamed to ``.damaged``) with the reason on the console, and the one before is taken. When ``which`` is one of
+    ``folder``'s own, the later ones are set aside too (``.superseded``): the run is about to go another way.
 
     Raises:
         DamagedError: none of the checkpoints is whole, or the one that was asked for is not.
+        UserError: ``which`` means none.
     """
+    ranks = topology or _OneRank()
+    first = ranks.rank == 0
     if which != "auto":
-        path = Path(which)
-        if reason := what_is_wrong(path, topology):
+        path = resolve_checkpoint(which)
+        if reason := what_is_wrong(path, ranks):
             raise DamagedError(f"{path}: {reason}; give another checkpoint, or --resume auto")
+        if first and path.parent.resolve() == folder.resolve():
+            for later in [each for each in checkpoints(folder) if step_of(each) > step_of(path)]:
+                _say(f"{later} is of a part of the run that is given up; set aside as {set_aside(later, SUPERSEDED).name}")
         return path
-    found = topology.from_rank_zero(checkpoints(folder) if topology.rank == 0 else None)
+    if first:
+        clean(folder)
     damaged = []
-    for path in reversed(found):
-        reason = what_is_wrong(path, topology)
+    for path in reversed(ranks.from_rank_zero(checkpoints(folder) if first else None)):
+        reason = what_is_wrong(path, ranks)
         if reason is None:
+            if first:
+                _remember(path)
             return path
         damaged.append(f"{path.name}: {reason}")
-        if topology.rank == 0:
-            aside = path.with_name(path.name + DAMAGED)
-            print(f"warning: {path}: {reason}; set aside as {aside.name}", flush=True)
-            path.rename(aside)
-    if damaged or topology.from_rank_zero((folder / POINTER).exists()):
-        raise DamagedError(f"{folder} holds no checkpoint that is whole ({'; '.join(damaged) or 'all are gone'}); restore one, or start a new run")
+        if first:
+            _say(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
+    if damaged or ranks.from_rank_zero(held_any(folder) if first else None):
+        what = "; ".join(damaged) or "those it had are set aside or gone"
+        raise DamagedError(f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere")
     return None
 
 
-def what_is_wrong(path: Path, topology: Topology) -> str | None:
+def what_is_wrong(path: Path, topology: Topology | _OneRank | None = None) -> str | None:
     """The first fault that any rank finds in the files of a checkpoint, or None."""
+    ranks = topology or _OneRank()
     try:
-        entries = sorted(read_manifest(path).items())
-        mine = dict(entries[topology.rank :: topology.layout.world_size])
+        entries = sorted(read_manifest(path).items(), key=lambda entry: (-entry[1]["bytes"], entry[0]))
+        mine = dict(entries[ranks.rank :: ranks.layout.world_size])
         reason = check_files(path, mine)
     except DamagedError as error:
         reason = str(error)
-    return next((found for found in topology.gather(reason) if found), None)
+    return next((found for found in ranks.gather(reason) if found), None)
 
 
 def load_checkpoint(
@@ -64,13 +89,20 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill model and optimizer (unless None) from a checkpoint of any layout; returns its run state.
 
-    Each rank reads the rectangles it needs. Weights are cast where the checkpoint has another precision.
+    Each rank reads the rectangles it needs, and no rank asks another. Weights are cast where the checkpoint has another precision.
+
+    Raises:
+        UserError: an optimizer is to be filled and the checkpoint holds weights alone.
+        DamagedError: something is missing or has another shape.
     """
-    state = read_run_state(path)
-    with_main = any(key.startswith("main.") for key in read_metadata(path).state_dict_metadata)
-    read_pieces(path, pieces_to_load(chunks, optimizer, with_main))
+    state, metadata = read_run_state(path), read_metadata(path)
+    kinds = {key.partition(".")[0] for key in metadata.state_dict_metadata}
+    if optimizer is not None and not ({"exp_avg", "exp_avg_sq"} <= kinds and "optimizer_steps" in state):
+        raise UserError(f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from), none go on with it")
+    read_pieces(path, pieces_to_load(chunks, optimizer, with_main="main" in kinds), metadata)
     if optimizer is not None:
         optimizer.set_steps_taken(state["optimizer_steps"])
+        restore_random_state(state.get("random"))
     return state
 
 
@@ -84,6 +116,34 @@ def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
     ]
     if differing:
         raise UserError(f"a checkpoint of another model: {'; '.join(differing)}; restore these keys, or start a new run elsewhere")
+
+
+class _OneRank:
+    """What a topology answers in a process that is alone."""
+
+    rank = 0
+
+    class layout:  # noqa: N801
+        world_size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_rank_zero(self, value: Any) -> Any:
+        return value
+
+
+def _remember(path: Path) -> None:
+    """Note what was found out: the checkpoint is whole and the newest one."""
+    mark_verified(path)
+    try:
+        point_to(path)
+    except OSError:
+        pass  # a folder that can only be read can still be loaded from
+
+
+def _say(text: str) -> None:
+    print(f"warning: {text}", flush=True)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,14 +17,14 @@ _BLOCK = 1 << 22
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """``{name: {"bytes", "xxh3_128"}}`` of files that are on disk (they are flushed first)."""
+    """``{name: {"bytes", "xxh3_128"}}`` of files that are on disk (they are flushed first). For small files: it reads them."""
     entries = {}
     for name in names:
         path = folder / name
@@ -35,13 +35,10 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict]:
 
 def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
     """Write the manifest and, last, its hash: a folder without it is not a checkpoint."""
-    for name, text in (
-        (MANIFEST, json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n"),
-        (MANIFEST_HASH, None),
-    ):
-        path = folder / name
-        path.write_text(hash_file(folder / MANIFEST) + "\n" if text is None else text, encoding="utf-8")
-        flush(path)
+    text = (json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n").encode()
+    for name, content in ((MANIFEST, text), (MANIFEST_HASH, _hash_line(text))):
+        (folder / name).write_bytes(content)
+        flush(folder / name)
     flush(folder)
 
 
@@ -51,15 +48,21 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     Raises:
         DamagedError: there is no manifest, or it is not the one that was written.
     """
+    return _entries(folder)[0]
+
+
+def manifest_hash(folder: Path) -> str:
+    """What tells this checkpoint from any other; raises as :func:`read_manifest` does."""
+    return _entries(folder)[1]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder was finished: its manifest is there and whole. Reads no other file."""
     try:
-        expected = (folder / MANIFEST_HASH).read_text(encoding="utf-8").strip()
-        if hash_file(folder / MANIFEST) != expected:
-            raise DamagedError(f"{folder / MANIFEST}: its hash is not the one in {MANIFEST_HASH}")
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError as error:
-        raise DamagedError(f"{error.filename} is missing: the checkpoint was not finished or is damaged") from None
-    except (UnicodeDecodeError, ValueError, KeyError) as error:
-        raise DamagedError(f"{folder / MANIFEST} is unreadable ({type(error).__name__})") from None
+        _entries(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def check_files(folder: Path, entries: dict[str, dict], hashes: bool = True) -> str | None:
@@ -71,12 +74,14 @@ def check_files(folder: Path, entries: dict[str, dict], hashes: bool = True) -> 
         path = folder / name
         try:
             size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes, not the {entry['bytes']} that were written"
+            if hashes and hash_file(path) != entry["xxh3_128"]:
+                return f"{name} has other contents than were written (hash)"
         except FileNotFoundError:
             return f"{name} is missing"
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes, not the {entry['bytes']} that were written"
-        if hashes and hash_file(path) != entry["xxh3_128"]:
-            return f"{name} has other contents than were written (hash)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -87,3 +92,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _hash_line(text: bytes) -> bytes:
+    return f"{xxhash.xxh3_128_hexdigest(text)}\n".encode()
+
+
+def _entries(folder: Path) -> tuple[dict[str, dict], str]:
+    try:
+        text, line = (folder / MANIFEST).read_bytes(), (folder / MANIFEST_HASH).read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error.filename} is missing: the checkpoint was not finished or is damaged") from None
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from None
+    if line != _hash_line(text):  # byte for byte: a damaged line end counts too
+        raise DamagedError(f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together: one of them is damaged")
+    return json.loads(text)["files"], line.decode().strip()

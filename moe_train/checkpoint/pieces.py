@@ -6,7 +6,7 @@ in fp32, and ``main.NAME`` in fp32 where the weights are not. No layout, nor any
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +30,27 @@ class Piece:
     dtype: torch.dtype
     tensor: Callable[[], torch.Tensor]
 
-    def snapshot(self) -> "Piece":
-        """The same piece with its values copied to host memory now."""
-        copied = torch.empty(self.shape, dtype=self.dtype)
-        copied.copy_(self.tensor())
-        return Piece(self.key, self.global_shape, self.offset, self.shape, self.dtype, lambda: copied)
+
+class HostCopies:
+    """Copies of pieces in host memory, kept from one save to the next: fresh memory costs several times what the copy does."""
+
+    def __init__(self):
+        self._copies: dict[tuple, torch.Tensor] = {}
+
+    def take(self, pieces: list[Piece]) -> list[Piece]:
+        """The same pieces with the values that they have now. Valid until it is called again."""
+        taken = []
+        for piece in pieces:
+            source = piece.tensor()
+            where = (piece.key, piece.offset)
+            copied = self._copies.get(where)
+            if copied is None or copied.shape != source.shape or copied.dtype != source.dtype:
+                copied = self._copies[where] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            copied.copy_(source, non_blocking=source.is_cuda)
+            taken.append(replace(piece, tensor=lambda copied=copied: copied))
+        if any(copied.is_pinned() for copied in self._copies.values()):
+            torch.cuda.synchronize()
+        return taken
 
 
 def pieces_to_save(optimizer: Optimizer) -> list[Piece]:
@@ -54,14 +70,14 @@ def pieces_to_save(optimizer: Optimizer) -> list[Piece]:
 def pieces_to_load(chunks: list[JetMoE], optimizer: Optimizer | None, with_main: bool = True) -> list[Piece]:
     """What this rank needs: all of its parameters, and the optimizer state of the ranges that it updates.
 
-    ``with_main`` is whether the checkpoint holds fp32 main parameters beside the weights.
+    ``with_main`` is whether the checkpoint holds fp32 main parameters beside the weights: they are what a model in fp32 takes.
     """
     pieces = []
     for chunk in chunks:
         for parameter in chunk.parameters():
             placement: Placement = parameter.placement
-            view = placement.valid(parameter.detach())
-            pieces.append(_piece("weights", placement, placement.offset, view))
+            kind = "main" if with_main and parameter.dtype == torch.float32 else "weights"
+            pieces.append(_piece(kind, placement, placement.offset, placement.valid(parameter.detach())))
     for shard in optimizer.shards() if optimizer else ():
         pieces += _of_optimizer(shard, main_from="main" if with_main else "weights")
     return pieces

@@ -1,16 +1,18 @@
 """Saving: every rank writes what it owns, and nothing is a checkpoint until all of it is on disk.
 
-A checkpoint is written to ``iter_0000100.writing``. Each rank leaves a receipt with the sizes and hashes of its files; when rank 0
-has all receipts it writes the metadata, the run state and the manifest, renames the folder and only then moves the
-pointer. Since receipts are files, no rank waits in a collective, and a rank that dies leaves no receipt and so no checkpoint.
+A checkpoint is written to ``iter_0000100.writing.TOKEN``. Each rank leaves a receipt with what it wrote; when rank 0 has all receipts
+it writes the metadata, the run state and the manifest, renames the folder and only then moves the pointer. Since
+receipts are files, nothing in the background waits in a collective, and a rank that dies leaves no receipt and so no
+checkpoint.
 
-In the background (``checkpoint.async``) the same is done by a thread from a copy in host memory, while training goes on.
+By default (``checkpoint.async``) a thread does that from a copy in host memory, while training goes on.
 """
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import secrets
 import shutil
 import threading
 import time
@@ -18,14 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
 from moe_train.checkpoint.config import CheckpointConfig
-from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, clean, commit, remove_superseded
+from moe_train.checkpoint.coverage import what_is_not_covered
+from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, checkpoint_name, clean, commit
 from moe_train.checkpoint.manifest import describe, write_manifest
-from moe_train.checkpoint.pieces import Piece, pieces_to_save
-from moe_train.checkpoint.storage import PieceSaver
+from moe_train.checkpoint.pieces import HostCopies, Piece, pieces_to_save
+from moe_train.checkpoint.random_state import random_state
+from moe_train.checkpoint.retention import remove_superseded
+from moe_train.checkpoint.writer import Written, merge_plans, plan, write_metadata, write_pieces
+from moe_train.errors import PolicyStop
 from moe_train.model.jetmoe import JetMoE
 from moe_train.training.optimizer import Optimizer
 from parallel.topology import Topology
@@ -39,8 +44,11 @@ class Checkpointer:
 
     Args:
         folder: ``checkpoints/`` of the run, on a file system that all ranks share.
-        warn: gets one line when a checkpoint could not be written; training goes on and the ones before stay.
+        warn: gets one line when a checkpoint could not be written (training goes on and the ones before stay), and
+            when training had to wait for one.
         saved: called on rank 0 with the path of each committed checkpoint, from the thread that wrote it.
+        may_commit: called on rank 0 before a checkpoint is committed; an error that it raises prevents that, and ends the run
+            if it has an ``exit_code``.
     """
 
     def __init__(
@@ -53,114 +61,177 @@ class Checkpointer:
         tokenizer: Path | None = None,
         warn: Callable[[str], None] = print,
         saved: Callable[[Path], None] = lambda path: None,
+        may_commit: Callable[[], None] = lambda: None,
     ):
         self.folder, self.config, self.topology = folder, config, topology
-        self.tokenizer, self.warn, self.saved = tokenizer, warn, saved
+        self.tokenizer, self.warn, self.saved, self.may_commit = tokenizer, warn, saved, may_commit
         self._model_config, self._optimizer = chunks[0].model_config, optimizer
-        self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._copies = HostCopies()
+        self._save: _Save | None = None
+        self._last_failure: str | None = None
+        # A rank of an earlier start that still writes somewhere must not write into a folder of this one.
+        self._token = topology.from_rank_zero(secrets.token_hex(4))
         if topology.rank == 0:
-            clean(folder)
+            for path in clean(folder):
+                warn(f"{path} is left from an earlier start and cannot be removed")
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """Save ``step``; waits first for a save that is still being written. Every rank calls it."""
+        began, before = time.perf_counter(), self._save
         self.wait()
-        target = self.folder / f"iter_{step:07d}"
+        waited = time.perf_counter() - began
+        if before is not None and waited > 1.0:
+            self._warn(f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written")
         pieces = pieces_to_save(self._optimizer)
         if self.config.async_save:
-            pieces = [piece.snapshot() for piece in pieces]
-        saver = PieceSaver(pieces)
-        plan, metadata = self._plan(saver)
+            pieces = self._copies.take(pieces)
         state = {
             "format_version": FORMAT_VERSION,
             **run_state,
             "optimizer_steps": self._optimizer.steps_taken,
             "model": self._model_config.model_dump(mode="json"),
             "layout": self.topology.layout.describe(),
+            "random": random_state(),
         }
-        self._thread = threading.Thread(
-            target=self._write, args=(target, saver, plan, metadata, state), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._save = _Save(self, self.folder / checkpoint_name(step), self._token, pieces, state)
+        self._save.start()
         if not self.config.async_save:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight, if any, is on disk on every rank and committed."""
-        if self._thread is None:
+        """Until the save in flight, if any, is on disk on every rank and committed, or has failed on all. Every rank calls it.
+
+        Raises:
+            PolicyStop: ``may_commit`` forbade it for good.
+        """
+        if self._save is None:
             return
-        self._thread.join()
-        self._thread = None
-        failures = [failure for failure in self.topology.gather(self._failure) if failure]
-        self._failure = None
-        if failures and self.topology.rank == 0:
-            self.warn(failures[0])
+        save, self._save = self._save, None
+        failures = self.topology.gather(save.wait_for_own_part())
+        first = next((failure for failure in failures if failure), None)
+        if self.topology.rank == 0:
+            save.finish(first)
+        failure, fatal = self.topology.from_rank_zero((save.failure, save.fatal) if self.topology.rank == 0 else None)
+        self._last_failure = failure
+        if failure is None:
+            return
+        if self.topology.rank == 0:
+            shutil.rmtree(save.writing, ignore_errors=True)
+        text = f"the checkpoint {save.target.name} was not written ({failure}); the ones before are untouched"
+        if fatal:
+            raise PolicyStop(text)
+        self._warn(text)
 
-    def _plan(self, saver: PieceSaver) -> tuple[SavePlan, Any]:
-        """Agree on who writes what; the metadata is known to rank 0 alone."""
-        plans = self.topology.gather(saver.create_local_plan())
-        plans, metadata = saver.create_global_plan(plans)
-        plans = FileSystemWriter("unused").prepare_global_plan(plans)
-        return plans[self.topology.rank], metadata if self.topology.rank == 0 else None
+    def finish(self) -> None:
+        """:meth:`wait`, at the end of a run: what is not on disk now is lost.
 
-    def _write(self, target: Path, saver: PieceSaver, plan: SavePlan, metadata: Any, state: dict[str, Any]) -> None:
-        writing = target.with_name(target.name + WRITING)
+        Raises:
+            PolicyStop: the last checkpoint could not be written.
+        """
+        self.wait()
+        if self._last_failure is not None:
+            raise PolicyStop(
+                f"the last checkpoint could not be written ({self._last_failure}): the steps since the one before it are lost;"
+                f" make room in {self.folder} and start the run again"
+            )
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Let a save in flight come to its end when the run ends by an error. Asks nothing of other ranks."""
+        if self._save is not None:
+            self._save.join(seconds)
+
+    def _warn(self, text: str) -> None:
+        if self.topology.rank == 0:
+            self.warn(text)
+
+
+class _Save(threading.Thread):
+    """One checkpoint on its way to the disk, on one rank."""
+
+    def __init__(self, owner: Checkpointer, target: Path, token: str, pieces: list[Piece], state: dict[str, Any]):
+        super().__init__(name=f"saving {target.name}", daemon=True)
+        self.target, self.writing = target, target.with_name(f"{target.name}{WRITING}.{token}")
+        self.failure: str | None = None
+        self.fatal = False
+        self._owner, self._pieces, self._state = owner, pieces, state
+        self._rank, self._world_size = owner.topology.rank, owner.topology.layout.world_size
+        self._own_part = threading.Event()
+        self._abort: str | None = None
+
+    def run(self) -> None:
         try:
-            writing.mkdir(parents=True, exist_ok=True)
-            writer = FileSystemWriter(writing)
-            results = writer.write_data(plan, saver).wait()
-            files = sorted({result.storage_data.relative_path for result in results})
-            self._leave_receipt(writing, {"results": results, "files": describe(writing, files)})
-            if self.topology.rank == 0:
-                receipts = self._collect_receipts(writing)
-                writer.finish(metadata, [receipt["results"] for receipt in receipts])
-                self._commit(target, writing, state, receipts)
-        except Exception as error:  # whatever it is, training goes on and says so
-            self._failure = f"the checkpoint {target.name} was not written ({type(error).__name__}: {error}); the ones before are untouched"
-            self._leave_failure(writing)
+            self.writing.mkdir(parents=True, exist_ok=True)
+            written = write_pieces(self.writing, self._rank, self._pieces)
+            self._leave_receipt(plan(self._pieces), written)
+        except BaseException as error:  # whatever it is, training goes on and says so
+            self._fail(error)
+        finally:
+            self._own_part.set()
+        if self._rank == 0 and self.failure is None:
+            try:
+                self._commit()
+            except BaseException as error:
+                self._fail(error)
 
-    def _commit(self, target: Path, writing: Path, state: dict[str, Any], receipts: list[dict]) -> None:
-        (writing / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        ours = [RUN_STATE, ".metadata"]
-        if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer, writing / self.tokenizer.name)
-            ours.append(self.tokenizer.name)
-        entries = describe(writing, ours)
-        for rank, receipt in enumerate(receipts):
-            entries.update(receipt["files"])
-            _receipt(writing, rank).unlink()
-        write_manifest(writing, entries)
-        commit(target, writing)
-        remove_superseded(self.folder, self.config, keep=target)
-        self.saved(target)
+    def wait_for_own_part(self) -> str | None:
+        """Until this rank's file is on disk; what went wrong with it."""
+        self._own_part.wait()
+        return None if self.failure is None else f"rank {self._rank}: {self.failure}"
 
-    def _leave_receipt(self, writing: Path, receipt: dict) -> None:
-        path = _receipt(writing, self.topology.rank)
-        temporary = path.with_suffix(".part")
-        temporary.write_bytes(pickle.dumps(receipt))
-        os.replace(temporary, path)
+    def finish(self, failure: str | None) -> None:
+        """On rank 0, that every rank has come to the end of its part, or with what ``failure``: until committed, or not."""
+        self._abort = failure
+        self.join()
+        self.failure = failure or self.failure
 
-    def _leave_failure(self, writing: Path) -> None:
-        """Tell rank 0 not to wait for this rank."""
+    def _commit(self) -> None:
+        owner = self._owner
+        plans, written = zip(*self._collect_receipts())
+        metadata = merge_plans(list(plans))
+        if fault := what_is_not_covered(metadata, owner._model_config):
+            raise RuntimeError(f"the ranks' parts do not make a whole: {fault}")
+        entries = write_metadata(self.writing, metadata, written)
+        (self.writing / RUN_STATE).write_text(json.dumps(self._state, indent=1) + "\n", encoding="utf-8")
+        others = [RUN_STATE]
+        if owner.tokenizer is not None:
+            shutil.copyfile(owner.tokenizer, self.writing / owner.tokenizer.name)
+            others.append(owner.tokenizer.name)
+        entries |= describe(self.writing, others)
+        for rank, each in enumerate(written):
+            entries |= each.entries
+            self._receipt(rank).unlink()
+        write_manifest(self.writing, entries)
+        owner.may_commit()
+        commit(self.target, self.writing)
+        owner.saved(self.target)
         try:
-            _receipt(writing, self.topology.rank).with_suffix(".failed").touch()
-        except OSError:
-            pass  # the disk is full or gone: rank 0 finds out the same way
+            remove_superseded(owner.folder, owner.config)
+        except OSError as error:
+            owner.warn(f"an old checkpoint in {owner.folder} could not be removed ({error})")
 
-    def _collect_receipts(self, writing: Path) -> list[dict]:
+    def _collect_receipts(self) -> list[tuple[SavePlan, Written]]:
         deadline = time.monotonic() + RECEIPT_SECONDS
         receipts = []
-        for rank in range(self.topology.layout.world_size):
-            path = _receipt(writing, rank)
+        for rank in range(self._world_size):
+            path = self._receipt(rank)
             while not path.exists():
-                if path.with_suffix(".failed").exists():
-                    raise RuntimeError(f"rank {rank} could not write its part")
+                if self._abort is not None:
+                    raise RuntimeError(self._abort)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"rank {rank} did not write its part in {RECEIPT_SECONDS:g} s")
                 time.sleep(0.01)
             receipts.append(pickle.loads(path.read_bytes()))
         return receipts
 
+    def _leave_receipt(self, own_plan: SavePlan, written: Written) -> None:
+        path = self._receipt(self._rank)
+        temporary = path.with_suffix(".part")
+        temporary.write_bytes(pickle.dumps((own_plan, written)))
+        os.replace(temporary, path)
 
-def _receipt(writing: Path, rank: int) -> Path:
-    return writing / f"rank_{rank:05d}.receipt"
+    def _receipt(self, rank: int) -> Path:
+        return self.writing / f"rank_{rank:05d}.receipt"
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
+        self.fatal = getattr(error, "exit_code", None) is not None

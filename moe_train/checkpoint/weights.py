@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 
 from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, read_run_state, resolve_checkpoint, tokenizer_in
-from moe_train.checkpoint.manifest import describe, write_manifest
+from moe_train.checkpoint.manifest import describe, flush, write_manifest
 from moe_train.checkpoint.pieces import Piece
-from moe_train.checkpoint.storage import PieceSaver, read_metadata, read_pieces
+from moe_train.checkpoint.reader import read_metadata, read_pieces
+from moe_train.checkpoint.writer import merge_plans, plan, write_metadata, write_pieces
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
 
@@ -32,7 +32,8 @@ class WeightsReader:
         self.path = resolve_checkpoint(path)
         self.state = read_run_state(self.path)
         self.config = ModelConfig.model_validate(self.state["model"])
-        stored = read_metadata(self.path).state_dict_metadata
+        self._metadata = read_metadata(self.path)
+        stored = self._metadata.state_dict_metadata
         self.shapes = {key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)}
         self._dtypes = {name: stored[PREFIX + name].properties.dtype for name in self.shapes}
         if set(self.shapes) != set(self.config.parameter_shapes()):
@@ -56,7 +57,8 @@ class WeightsReader:
         """One whole parameter, in the precision it was stored in."""
         shape = self.shapes[name]
         tensor = torch.empty(shape, dtype=self._dtypes[name])
-        read_pieces(self.path, [Piece(PREFIX + name, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)])
+        piece = Piece(PREFIX + name, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)
+        read_pieces(self.path, [piece], self._metadata)
         return tensor
 
 
@@ -94,11 +96,8 @@ def write_weights(
         )
         for name, shape in shapes.items()
     ]
-    saver = PieceSaver(pieces)
-    writer = FileSystemWriter(writing)
-    plans, metadata = saver.create_global_plan([saver.create_local_plan()])
-    results = writer.write_data(writer.prepare_global_plan(plans)[0], saver).wait()
-    writer.finish(metadata, [results])
+    written = write_pieces(writing, 0, pieces)
+    entries = written.entries | write_metadata(writing, merge_plans([plan(pieces)]), [written])
     state = {
         "format_version": FORMAT_VERSION,
         "step": 0,
@@ -111,10 +110,12 @@ def write_weights(
     (writing / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, writing / tokenizer.name)
-    write_manifest(writing, describe(writing, sorted(file.name for file in writing.iterdir())))
+    entries |= describe(writing, [file.name for file in writing.iterdir() if file.name not in entries])
+    write_manifest(writing, entries)
     if path.exists():
         path.rmdir()
     writing.rename(path)
+    flush(path.parent)
 
 
 def _next(stream, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
