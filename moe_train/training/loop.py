@@ -79,7 +79,7 @@ def train(
             break
         watchdog.feed(f"step {step + 1}")
     with watchdog.allow(10 * config.faults.step_timeout, "the last checkpoint"):
-        checkpointer.wait()
+        checkpointer.finish()
     watchdog.disarm()
     return reason
 

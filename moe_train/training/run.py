@@ -95,6 +95,7 @@ def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
         with StopRequest(stop_file, run.training.max_wall_time) as stop:
             reason = train(trainer, recorder, checkpointer, stop, watchdog)
     except BaseException as error:
+        checkpointer.close()
         recorder.finish(getattr(error, "exit_code", 1), str(error) or type(error).__name__)
         raise
     finally:
