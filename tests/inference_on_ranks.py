@@ -1,4 +1,5 @@
 """Scoring and generating as every rank of a test's pool does it."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Request:
 def answer(
     checkpoint: str, overrides: list[str], ids: np.ndarray, requests: list[Request]
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """The negative log-likelihoods of ``ids`` and the continuations of ``requests``, on the layout of the overrides."""
+    """The negative log-likelihoods of ``ids`` and the continuations of ``requests``, on one layout."""
     from moe_train.inference.generate import continue_ids
     from moe_train.inference.sampling import Sampler
     from moe_train.inference.score import score_ids
@@ -31,7 +32,9 @@ def answer(
     from parallel import engine
 
     planned = plan(checkpoint, None, overrides)
-    session = load_session(planned, engine.start(planned.config.layout(planned.model, planned.world_size), seed=0))
+    session = load_session(
+        planned, engine.start(planned.config.layout(planned.model, planned.world_size), seed=0)
+    )
     texts = [
         continue_ids(
             session,

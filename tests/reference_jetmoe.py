@@ -1,9 +1,10 @@
-"""JetMoE and its losses, written once more in plain torch from the paper (arXiv 2404.07413) and the authors' code.
+"""JetMoE and its losses once more, in plain torch, from the paper (arXiv 2404.07413) and its code.
 
-Nothing here comes from `moe_train.model`, and the form is another: every expert is computed for every token, and the
-experts that the router did not choose get the gate 0. Slow and easy to believe; in fp64 it is what the real model is measured
-against.
+Nothing here comes from `moe_train.model`, and the form is another: every expert is computed for every
+token, and the experts that the router did not choose get the gate 0. Slow and easy to believe; in fp64 it
+is what the real model is measured against.
 """
+
 from __future__ import annotations
 
 import math
@@ -42,9 +43,15 @@ def forward(parameters: Parameters, config: ModelConfig, ids: torch.Tensor) -> F
     losses = []
     x = parameters["embedding.weight"][ids]
     for layer in range(config.num_layers):
-        p = {name.split(".", 2)[2]: value for name, value in parameters.items() if name.startswith(f"layers.{layer}.")}
+        p = {
+            name.split(".", 2)[2]: value
+            for name, value in parameters.items()
+            if name.startswith(f"layers.{layer}.")
+        }
         h = rms_norm(x, p["attention_norm.weight"], 1e-6)
-        gates, balance, z = route(h, p["attention.router.weight"], config.attention.top_k, config.router.scope)
+        gates, balance, z = route(
+            h, p["attention.router.weight"], config.attention.top_k, config.router.scope
+        )
         x = x + attention(h, gates, p, config)
         losses.append((balance, z))
         h = rms_norm(x, p["mlp_norm.weight"], 1e-6)
@@ -64,8 +71,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def route(h: torch.Tensor, weight: torch.Tensor, top_k: int, scope: str):
     """Gates ``[B, S, E]`` (0 where an expert was not chosen), load-balancing loss and z-loss of one router.
 
-    f: the share of the (token, slot) pairs that an expert gets, P: its mean probability, both over the micro-batch, or
-    over each sequence and then averaged.
+    f: the share of the (token, slot) pairs that an expert gets, P: its mean probability, both over the
+    micro-batch, or over each sequence and then averaged.
     """
     logits = h @ weight.T  # [B, S, E]
     kept = logits.topk(top_k, dim=-1).indices
@@ -80,7 +87,7 @@ def route(h: torch.Tensor, weight: torch.Tensor, top_k: int, scope: str):
 
 
 def attention(h: torch.Tensor, gates: torch.Tensor, p: Parameters, config: ModelConfig) -> torch.Tensor:
-    """Mixture of attention heads: every expert asks with its own queries and answers through its own projection."""
+    """Mixture of attention heads: each expert has queries and an output projection of its own."""
     heads, width = config.attention.num_kv_heads, config.attention.head_dim
     batch, length, _ = h.shape
     k, v = ((h @ w.T).view(batch, length, heads, width) for w in p["attention.kv.weight"])
@@ -88,7 +95,9 @@ def attention(h: torch.Tensor, gates: torch.Tensor, p: Parameters, config: Model
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     out = torch.zeros_like(h)
     for expert in range(config.attention.num_experts):
-        q = rotate((h @ p["attention.query.weight"][expert].T).view(batch, length, heads, width), config.rope_theta)
+        q = rotate(
+            (h @ p["attention.query.weight"][expert].T).view(batch, length, heads, width), config.rope_theta
+        )
         scores = torch.einsum("bind,bjnd->bnij", q, k) / math.sqrt(width)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         answer = torch.einsum("bnij,bjnd->bind", weights, v).flatten(2)
@@ -107,7 +116,9 @@ def mlp(h: torch.Tensor, gates: torch.Tensor, p: Parameters, config: ModelConfig
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding of ``[B, S, n, d]``: channel i and channel i + d/2 of position t turn by ``t * theta^(-2i/d)``."""
+    """Rotary embedding of ``[B, S, n, d]``: channel i and channel i + d/2 of position t turn by ``t *
+    theta^(-2i/d)``.
+    """
     length, width = x.shape[1], x.shape[-1]
     # The angles are defined in fp32.
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
@@ -119,10 +130,17 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def adamw_step(
-    parameters: Parameters, moments: dict[str, tuple[torch.Tensor, torch.Tensor]], step: int, *, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, clip_grad: float | None,
-) -> float:  # fmt: skip
-    """One AdamW update in place after a backward; ``step`` counts from 1. Matrices decay, norms and biases do not.
+    parameters: Parameters,
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_grad: float | None,
+) -> float:
+    """One AdamW update in place after a backward; ``step`` counts from 1. Only matrices decay.
 
     Returns the norm of the gradient over all parameters, before clipping.
     """

@@ -1,4 +1,5 @@
 """A small model with random weights as a checkpoint on disk, and a tokenizer to go with it."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,7 +33,9 @@ def small_config(**changes) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, torch.Tensor]:
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> dict[str, torch.Tensor]:
     """Global name -> tensor: loud matrices, norms near 1, biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -52,7 +55,9 @@ def write_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.model"
 
 
-def write_checkpoint(path: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Path | None = None) -> Path:
+def write_checkpoint(
+    path: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Path | None = None
+) -> Path:
     """Write them as ``checkpoint convert`` would."""
     from moe_train.checkpoint.weights import write_weights
 

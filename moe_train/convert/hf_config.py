@@ -1,8 +1,10 @@
 """Hugging Face's ``config.json`` of a JetMoE, to and from our model config. Needs no torch.
 
-Two dialects are read: that of transformers, and that of the authors' code, whose names transformers swallows silently while it
-keeps its own defaults. What would change the mathematics and has no counterpart here is refused.
+Two dialects are read: that of transformers, and that of the authors' code, whose names transformers
+swallows silently while it keeps its own defaults. What would change the mathematics and has no counterpart
+here is refused.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -43,7 +45,7 @@ SYNONYMS = {
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 
 Z_COEF_KEY, SCOPE_KEY = "router_z_loss_coef", "router_loss_scope"
-"""Keys of our own, which transformers carries along unread: the router losses that its JetMoE does not have."""
+"""Keys of our own, for router losses that transformers' JetMoE does not have: it carries them unread."""
 
 _MUST_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_type": (lambda value: value == "jetmoe", "only jetmoe is converted"),
@@ -74,7 +76,8 @@ def model_config(values: dict[str, Any], source: str) -> ModelConfig:
     _check_heads(values, value, source)
     if value["activation_function"] not in ACTIVATIONS:
         raise UserError(
-            f"{source}: activation_function: {value['activation_function']!r} is not one of {', '.join(ACTIVATIONS)}"
+            f"{source}: activation_function: {value['activation_function']!r} is not one of"
+            f" {', '.join(ACTIVATIONS)}"
         )
     experts = {"num_experts": value["num_local_experts"], "top_k": value["num_experts_per_tok"]}
     router = {"load_balancing_coef": value["aux_loss_coef"]}
@@ -89,9 +92,13 @@ def model_config(values: dict[str, Any], source: str) -> ModelConfig:
             vocab_size=value["vocab_size"],
             hidden_size=value["hidden_size"],
             num_layers=value["num_hidden_layers"],
-            attention=AttentionConfig(num_kv_heads=value["num_key_value_heads"], head_dim=value["kv_channels"], **experts),
+            attention=AttentionConfig(
+                num_kv_heads=value["num_key_value_heads"], head_dim=value["kv_channels"], **experts
+            ),
             mlp=MLPConfig(
-                ffn_hidden_size=value["intermediate_size"], activation=ACTIVATIONS[value["activation_function"]], **experts
+                ffn_hidden_size=value["intermediate_size"],
+                activation=ACTIVATIONS[value["activation_function"]],
+                **experts,
             ),
             router=RouterConfig(**router),
             norm_eps=value["rms_norm_eps"],
@@ -119,8 +126,8 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None
         one, other = getattr(attention, key), getattr(mlp, key)
         if one != other:
             raise UserError(
-                f"attention.{key} {one} and mlp.{key} {other} differ, and Hugging Face's JetMoE has one number for both: "
-                "this model cannot be exported"
+                f"attention.{key} {one} and mlp.{key} {other} differ, and Hugging Face's JetMoE has one"
+                " number for both: this model cannot be exported"
             )
     return {
         "architectures": ["JetMoeForCausalLM"],
@@ -162,7 +169,9 @@ def _with_one_name_each(values: dict[str, Any], source: str) -> dict[str, Any]:
             continue
         given = values.pop(synonym)
         if values.setdefault(name, given) != given:
-            raise UserError(f"{source}: {synonym}: {given!r} contradicts {name}: {values[name]!r}; they mean the same")
+            raise UserError(
+                f"{source}: {synonym}: {given!r} contradicts {name}: {values[name]!r}; they mean the same"
+            )
     return values
 
 
@@ -181,11 +190,16 @@ def _rope_theta(values: dict[str, Any], source: str) -> Any:
 
 
 def _check_heads(values: dict[str, Any], value: dict[str, Any], source: str) -> None:
-    """The query heads are the kv heads times the experts of a token; a file that says otherwise is another model's."""
-    heads, kv, top_k = values.get("num_attention_heads"), value["num_key_value_heads"], value["num_experts_per_tok"]
+    """The query heads are the kv heads times the experts of a token; else the file is another model's."""
+    heads, kv, top_k = (
+        values.get("num_attention_heads"),
+        value["num_key_value_heads"],
+        value["num_experts_per_tok"],
+    )
     if heads is not None and isinstance(kv, int) and isinstance(top_k, int) and heads != kv * top_k:
         raise UserError(
-            f"{source}: num_attention_heads: {heads!r} is not num_key_value_heads {kv} x num_experts_per_tok {top_k} = {kv * top_k}"
+            f"{source}: num_attention_heads: {heads!r} is not num_key_value_heads {kv} x"
+            f" num_experts_per_tok {top_k} = {kv * top_k}"
         )
 
 

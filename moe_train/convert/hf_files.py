@@ -2,6 +2,7 @@
 
 safetensors, single or sharded with an index, is read and written; torch's ``pytorch_model.bin`` is read.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; is {path.parent} the folder of a Hugging Face model?") from None
+        raise UserError(
+            f"{path}: there is no such file; is {path.parent} the folder of a Hugging Face model?"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a JSON file ({error})") from None
     if not isinstance(values, dict):
@@ -48,9 +51,13 @@ class FolderReader:
     """
 
     def __init__(self, folder: Path):
-        index, sharded = next(((folder / name, many) for name, many in _LAYOUTS if (folder / name).is_file()), (None, False))
+        index, sharded = next(
+            ((folder / name, many) for name, many in _LAYOUTS if (folder / name).is_file()), (None, False)
+        )
         if index is None:
-            raise UserError(f"{folder}: holds no weights; one of {', '.join(name for name, _ in _LAYOUTS)} is needed")
+            raise UserError(
+                f"{folder}: holds no weights; one of {', '.join(name for name, _ in _LAYOUTS)} is needed"
+            )
         listed: dict[str, str] = {}
         files = [index]
         if sharded:
@@ -58,7 +65,9 @@ class FolderReader:
             files = [folder / name for name in sorted(set(listed.values()))]
             missing = [path.name for path in files if not path.is_file()]
             if missing or not files:
-                raise UserError(f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}")
+                raise UserError(
+                    f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}"
+                )
         self._files = [_SafetensorsFile(p) if p.suffix == ".safetensors" else _PickleFile(p) for p in files]
         self._where: dict[str, _SafetensorsFile | _PickleFile] = {}
         for file in self._files:
@@ -107,7 +116,9 @@ class _PickleFile:
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         except Exception as error:  # unpickling raises whatever it meets
             reason = str(error).strip().split("\n")[0]
-            raise DamagedError(f"{path}: is not a file of tensors that torch.load reads safely ({reason})") from None
+            raise DamagedError(
+                f"{path}: is not a file of tensors that torch.load reads safely ({reason})"
+            ) from None
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -119,7 +130,8 @@ class _PickleFile:
 class FolderWriter:
     """Writes tensors, in the order they come, into safetensors files of at most ``shard_bytes`` each.
 
-    Holds one file's tensors in memory. :meth:`close` gives the files their names and writes the index, where there are several.
+    Holds one file's tensors in memory. :meth:`close` gives the files their names and writes the index,
+    where there are several.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
@@ -144,11 +156,16 @@ class FolderWriter:
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards, start=1):
-            file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            file_name = (
+                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
             self._unnamed(number).rename(self.folder / file_name)
             weight_map.update(dict.fromkeys(names, file_name))
         if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_json(self.folder / "model.safetensors.index.json", index)
 
     def _flush(self) -> None:

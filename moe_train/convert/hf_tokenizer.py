@@ -1,9 +1,10 @@
 """A checkpoint's tokenizer in the form that transformers' AutoTokenizer loads.
 
-A sentencepiece BPE model without normalisation becomes a ``tokenizer.json`` that gives the same ids (transformers' own conversion
-drops the space that sentencepiece puts before a text that begins with one). Any other sentencepiece model is copied,
-and left to transformers' Llama tokenizer.
+A sentencepiece BPE model without normalisation becomes a ``tokenizer.json`` that gives the same ids
+(transformers' own conversion drops the space that sentencepiece puts before a text that begins with one).
+Any other sentencepiece model is copied, and left to transformers' Llama tokenizer.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,14 +29,17 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
 
 
-def export_tokenizer(path: Path | None, out: Path, max_length: int) -> tuple[dict[str, int | None], str | None]:
+def export_tokenizer(
+    path: Path | None, out: Path, max_length: int
+) -> tuple[dict[str, int | None], str | None]:
     """Write the tokenizer at ``path`` into the Hugging Face folder ``out``.
 
     Returns the ids bos_token_id, eos_token_id and pad_token_id, and a remark for the user, if there is one.
     """
     if path is None:
         # JetMoE's own, which transformers takes when nothing is said.
-        return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}, "the checkpoint has no tokenizer: none was written"
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+        return ids, "the checkpoint has no tokenizer: none was written"
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
     remark = None
     if path.suffix == ".json":
@@ -50,8 +54,15 @@ def export_tokenizer(path: Path | None, out: Path, max_length: int) -> tuple[dic
             (out / "tokenizer.json").write_text(model.as_tokenizer_json(), encoding="utf-8")
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         else:
-            config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": False, "add_eos_token": False}
-            remark = "the tokenizer is not a plain BPE model: transformers' conversion of it may differ in details"
+            config |= {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": True,
+                "add_bos_token": False,
+                "add_eos_token": False,
+            }
+            remark = (
+                "the tokenizer is not a plain BPE model: transformers' conversion of it may differ in details"
+            )
     write_json(out / "tokenizer_config.json", config | tokens)
     write_json(out / "special_tokens_map.json", tokens)
     return ids, remark
@@ -61,7 +72,8 @@ def _special_tokens_of_json(path: Path) -> tuple[dict[str, int | None], dict[str
     from data_pipeline.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    added = {token["id"]: token["content"] for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])}
+    tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    added = {token["id"]: token["content"] for token in tokens}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     return ids, {"eos_token": added[tokenizer.eos_id]} if tokenizer.eos_id in added else {}
 
@@ -129,17 +141,19 @@ class _SentencePiece:
             ((UNKNOWN, CONTROL), tokenizer.add_special_tokens),
             ((USER_DEFINED,), tokenizer.add_tokens),
         ):
-            add([AddedToken(piece.piece, normalized=False, special=UNKNOWN in kinds) for piece in pieces if piece.type in kinds])
+            chosen = [piece.piece for piece in pieces if piece.type in kinds]
+            add([AddedToken(piece, normalized=False, special=UNKNOWN in kinds) for piece in chosen])
         return tokenizer.to_str()
 
     def _merges(self, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-        """Pairs in the order in which BPE applies them: the best score of the whole first (scores are minus the rank)."""
+        """Pairs in the order in which BPE applies them: the best score of the whole first."""
         merges = []
         for piece in self.model.pieces:
             if piece.type != NORMAL:
                 continue
             splits = ((piece.piece[:at], piece.piece[at:]) for at in range(1, len(piece.piece)))
             found = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
-            merges += [(piece.score, pair) for pair in sorted(found, key=lambda pair: [vocabulary[part] for part in pair])]
+            found.sort(key=lambda pair: [vocabulary[part] for part in pair])
+            merges += [(piece.score, pair) for pair in found]
         merges.sort(key=lambda merge: -merge[0])  # stable: the order among the splits of one piece is kept
         return [pair for _, pair in merges]

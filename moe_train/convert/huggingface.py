@@ -1,7 +1,9 @@
 """``moe-train checkpoint convert``: a JetMoE from and to Hugging Face's format, bit for bit.
 
-One tensor is in memory at a time on the way in, one file's worth on the way out. Needs neither a GPU nor megatron-core.
+One tensor is in memory at a time on the way in, one file's worth on the way out. Needs neither a GPU nor
+megatron-core.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -26,7 +28,7 @@ HALF_WRITTEN = ".writing"
 
 
 def from_hf(source: str | Path, out: str | Path) -> int:
-    """Turn the Hugging Face folder ``source`` into the checkpoint ``out``: weights and tokenizer, no optimizer state.
+    """Turn the Hugging Face folder ``source`` into the checkpoint ``out``: weights and tokenizer alone.
 
     Every tensor of the folder must be one of the model's, with its shape, and the other way round.
 
@@ -50,25 +52,31 @@ def from_hf(source: str | Path, out: str | Path) -> int:
     dtypes = {pair.name: reader.dtype(pair.hf_name) for pair in pairs}
     for pair in pairs:
         if not dtypes[pair.name].is_floating_point:
-            raise UserError(f"{source}: tensor {pair.hf_name} is {dtypes[pair.name]}: quantised weights are not converted")
+            raise UserError(
+                f"{source}: tensor {pair.hf_name} is {dtypes[pair.name]}: quantised weights are not converted"
+            )
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for pair in _track(pairs, "reading"):
             yield pair.name, reader.read(pair.hf_name).view(pair.shape)
 
     write_weights(out, config, tensors(), dtypes, tokenizer=find_tokenizer(source))
-    print(f"{out}: {config.num_parameters():,} parameters in {_dtype_names(dtypes.values())}, from {len(pairs)} tensors")
+    print(
+        f"{out}: {config.num_parameters():,} parameters in {_dtype_names(dtypes.values())},"
+        f" from {len(pairs)} tensors"
+    )
     return 0
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = None) -> int:
-    """Write the weights of ``checkpoint`` as the Hugging Face folder ``out``, which transformers' AutoModelForCausalLM loads.
+    """Write ``checkpoint`` as the Hugging Face folder ``out`` for transformers' AutoModelForCausalLM.
 
-    The folder gets config.json, generation_config.json, the weights as safetensors (in several files beyond ``shard_bytes``,
-    5 GB unless given) and the tokenizer that lies in the checkpoint. It appears under its name once it is complete.
+    The folder gets config.json, generation_config.json, the weights as safetensors (in several files beyond
+    ``shard_bytes``, 5 GB unless given) and the tokenizer that lies in the checkpoint. It appears under its
+    name once it is complete.
 
     Raises:
-        UserError: there is no such checkpoint, Hugging Face's JetMoE cannot express the model, or ``out`` exists.
+        UserError: there is no such checkpoint, ``out`` exists, or transformers cannot express the model.
         DamagedError: the checkpoint is not what its manifest says.
     """
     _need("safetensors")
@@ -95,14 +103,19 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
         for pair in _track(pairs, "writing"):
             writer.add(pair.hf_name, reader.read(pair.name).view(pair.hf_shape))
         writer.close()
-    print(f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())}, {reader.config.num_parameters():,} parameters")
+    print(
+        f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())},"
+        f" {reader.config.num_parameters():,} parameters"
+    )
     if remark:
         print(f"note: {remark}")
     return 0
 
 
-def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path) -> None:
-    """Every tensor there has its place here, and every parameter here its tensor there, in the right shape."""
+def _account_for_all(
+    reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path
+) -> None:
+    """Every tensor there has its place here and every parameter here its tensor there, in its shape."""
     wanted = {pair.hf_name: pair.hf_shape for pair in pairs}
     found = dict(reader.shapes)
     if config.tie_embeddings and "lm_head.weight" in found:
@@ -111,19 +124,28 @@ def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: Mod
         head, embedding = (reader.read(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
         if not torch.equal(head, embedding):
             raise UserError(
-                f"{source}: lm_head.weight differs from model.embed_tokens.weight, and config.json says tie_word_embeddings: true; "
-                "set it to false to keep both"
+                f"{source}: lm_head.weight differs from model.embed_tokens.weight, and config.json says"
+                " tie_word_embeddings: true; set it to false to keep both"
             )
         del found["lm_head.weight"]
     for name in wanted:
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; config.json describes another model, or a file is incomplete")
+            raise UserError(
+                f"{source}: tensor {name} is missing; config.json describes another model,"
+                " or a file is incomplete"
+            )
     for name in found:
         if name not in wanted:
-            raise UserError(f"{source}: tensor {name} belongs to no part of the model of config.json; nothing is dropped silently")
+            raise UserError(
+                f"{source}: tensor {name} belongs to no part of the model of config.json;"
+                " nothing is dropped silently"
+            )
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise UserError(f"{source}: tensor {name} has the shape {list(found[name])}, and by config.json it should have {list(shape)}")
+            raise UserError(
+                f"{source}: tensor {name} has the shape {list(found[name])},"
+                f" and by config.json it should have {list(shape)}"
+            )
 
 
 def _generation_config(ids: dict[str, int | None]) -> dict:

@@ -1,8 +1,9 @@
 """Which tensor of Hugging Face's JetMoE is which parameter of ours. Needs no torch.
 
-Every tensor has one counterpart with the same elements in the same order; only keys and values, ``[2D, H]`` there (rows of K,
-then of V), have a dimension of their own here, ``[2, D, H]``.
+Every tensor has one counterpart with the same elements in the same order; only keys and values, ``[2D, H]``
+there (rows of K, then of V), have a dimension of their own here, ``[2, D, H]``.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Counterpart:
 
 
 def counterparts(config: ModelConfig) -> list[Counterpart]:
-    """Every parameter of a model, in the order of the forward pass. A tied head is not listed: it is the embedding."""
+    """Every parameter of a model, in the order of the forward pass; a tied head is the embedding."""
     pairs = []
     for name, shape in config.parameter_shapes().items():
         if name in WHOLE_MODEL:

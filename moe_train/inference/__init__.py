@@ -1,1 +1,1 @@
-"""Use a trained model: score token ids, generate text, on any layout. Importing the package imports nothing."""
+"""Use a trained model: score token ids, generate text, on any layout. Importing it imports nothing."""

@@ -40,12 +40,13 @@ class InferenceConfig(Section):
         config = validate(cls, document)
         if (config.parallel.virtual_pipeline or 1) > 1:
             raise UserError(
-                "parallel.virtual_pipeline: virtual stages serve training alone; leave it out, parallel.pipeline is enough"
+                "parallel.virtual_pipeline: virtual stages serve training alone; leave it out,"
+                " parallel.pipeline is enough"
             )
         return config
 
     def layout(self, model: ModelConfig, world_size: int) -> Layout:
-        """The layout of ``world_size`` ranks. Raises LayoutError, one line, when something does not divide."""
+        """The layout of ``world_size`` ranks. Raises LayoutError, one line."""
         return resolve_layout(
             self.parallel,
             world_size,

@@ -1,4 +1,5 @@
 """``moe-train generate``: go on with a text, token by token with a key/value cache, on any layout."""
+
 from __future__ import annotations
 
 import json
@@ -117,7 +118,7 @@ def continue_ids(
     on_token: Callable[[int], None] | None = None,
     use_cache: bool = True,
 ) -> list[int]:
-    """The tokens that follow ``prompt_ids``, the same on every rank; all ranks call it with the same arguments.
+    """The tokens that follow ``prompt_ids``, the same on every rank; all ranks call it alike.
 
     Args:
         sampler: a :class:`moe_train.inference.sampling.Sampler`.
@@ -200,16 +201,21 @@ def _arguments(planned: Plan, prompt: str, max_tokens: int) -> dict[str, Any]:
     path = tokenizer_in(planned.checkpoint)
     if path is None:
         raise UserError(
-            f"{planned.checkpoint}: has no tokenizer; put its tokenizer.model or tokenizer.json there to generate text"
+            f"{planned.checkpoint}: has no tokenizer; put its tokenizer.model or tokenizer.json"
+            " there to generate text"
         )
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     model = planned.model
     if max(ids) >= model.vocab_size:
-        raise UserError(f"{path}: gives the id {max(ids)}, and the model's vocabulary has {model.vocab_size}: it is another model's")
+        raise UserError(
+            f"{path}: gives the id {max(ids)}, and the model's vocabulary has {model.vocab_size}:"
+            " it is another model's"
+        )
     room = model.max_sequence_length - len(ids)
     if room < 1:
         raise UserError(
-            f"--prompt has {len(ids)} tokens, and the model's max_sequence_length is {model.max_sequence_length}; shorten it"
+            f"--prompt has {len(ids)} tokens, and the model's max_sequence_length is"
+            f" {model.max_sequence_length}; shorten it"
         )
     return {"tokenizer": str(path), "prompt": prompt, "prompt_ids": ids, "max_tokens": min(max_tokens, room)}

@@ -1,4 +1,5 @@
 """From logits to the next token: temperature, nucleus, and a random number that every layout draws alike."""
+
 from __future__ import annotations
 
 import torch
@@ -7,9 +8,9 @@ import torch
 class Sampler:
     """Chooses one token after another.
 
-    The random numbers depend on the seed alone, and a token is found where the cumulative probability, in the order of the
-    ids, passes the number: rounding errors of another layout move that place by as little as they move the
-    probabilities.
+    The random numbers depend on the seed alone, and a token is found where the cumulative probability, in
+    the order of the ids, passes the number: rounding errors of another layout move that place by as little
+    as they move the probabilities.
 
     Args:
         temperature: 0: always the likeliest token, the first of equals.
@@ -36,7 +37,7 @@ class Sampler:
 
 
 def nucleus(probability: torch.Tensor, top_p: float) -> torch.Tensor:
-    """``probability`` with everything beyond the likeliest tokens that make up ``top_p`` set to 0; not normalised again."""
+    """``probability`` without what is beyond the likeliest tokens that make up ``top_p``; not normalised."""
     ordered, order = probability.sort(descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     beyond = before >= top_p

@@ -1,4 +1,5 @@
 """``moe-train score``: the negative log-likelihood of every token of given sequences, on any layout."""
+
 from __future__ import annotations
 
 import os
@@ -19,14 +20,19 @@ TARGET = "moe_train.inference.score:score_rank"
 
 
 def score(
-    checkpoint: str | Path, ids: str | Path, out: str | Path, nproc: int | None = None, overrides: Iterable[str] = ()
+    checkpoint: str | Path,
+    ids: str | Path,
+    out: str | Path,
+    nproc: int | None = None,
+    overrides: Iterable[str] = (),
 ) -> int:
     """Score the rows of ``ids`` and write the array ``nll`` to ``out``.
 
     Args:
         checkpoint: an ``iter_*`` folder, a run's folder, or what ``convert`` wrote.
         ids: a ``.npy`` file of whole numbers ``[batch, sequence]``.
-        out: the ``.npz`` file to write: ``nll`` ``[batch, sequence - 1]``, float32, nats; entry t is that of token t + 1.
+        out: the ``.npz`` file to write: ``nll`` ``[batch, sequence - 1]``, float32, nats; entry t is that
+            of token t + 1.
         nproc: ranks to start (default: the fewest that the layout takes).
         overrides: keys of a run file's sections parallel and training, such as ``parallel.tensor=2``.
 
@@ -43,13 +49,18 @@ def score(
 def score_rank(planned: dict[str, Any], ids: str, out: str) -> int:
     """One rank of :func:`score`."""
     with open_session(planned) as session:
-        nll = score_ids(session, read_ids(ids, session.config.vocab_size), progress=session.topology.rank == 0)
+        nll = score_ids(
+            session, read_ids(ids, session.config.vocab_size), progress=session.topology.rank == 0
+        )
         if session.topology.rank == 0:
             partial = f"{out}.partial"
             with open(partial, "wb") as file:  # a file, so that savez does not add .npz to the name
                 np.savez(file, nll=nll)
             os.replace(partial, out)
-            print(f"{out}: {nll.shape[0]} x {nll.shape[1]} tokens, {nll.mean(dtype=np.float64):.4f} nats each on average")
+            print(
+                f"{out}: {nll.shape[0]} x {nll.shape[1]} tokens,"
+                f" {nll.mean(dtype=np.float64):.4f} nats each on average"
+            )
     return 0
 
 
@@ -66,22 +77,26 @@ def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
     if ids.dtype.kind not in "iu":
         raise UserError(f"--ids {path}: holds {ids.dtype}, not whole numbers; save for example int32")
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise UserError(f"--ids {path}: has the shape {list(ids.shape)}; [batch, sequence] with 2 tokens a row or more is needed")
+        raise UserError(
+            f"--ids {path}: has the shape {list(ids.shape)}; [batch, sequence] with 2 tokens a row"
+            " or more is needed"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         row, column = (int(at[0]) for at in np.nonzero(ids == wrong))
         raise UserError(
-            f"--ids {path}: id {wrong} at [{row}, {column}] is outside of the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            f"--ids {path}: id {wrong} at [{row}, {column}] is outside of the model's vocabulary"
+            f" of {vocab_size} (0 to {vocab_size - 1})"
         )
     return ids
 
 
 def score_ids(session: Session, ids: np.ndarray, progress: bool = False) -> np.ndarray:
-    """``[batch, sequence]`` to ``[batch, sequence - 1]`` float32, on every rank; all ranks call it with the same ids.
+    """``[batch, sequence]`` to ``[batch, sequence - 1]`` float32, on every rank; all call it alike.
 
-    Rows are shared out over the data ranks. All of them take the same number of steps, because experts may be spread over
-    them: a rank without rows left repeats its last ones.
+    Rows are shared out over the data ranks. All of them take the same number of steps, because experts may
+    be spread over them: a rank without rows left repeats one.
     """
     import torch
 
@@ -100,7 +115,8 @@ def score_ids(session: Session, ids: np.ndarray, progress: bool = False) -> np.n
         result = session.forward(part[:, :-1], part[:, 1:])
         if result is not None and rows and topology.tensor_rank == 0:
             nll[rows.start : rows.stop] = result
-    return topology.sum_over_world(nll).cpu().numpy()  # each row comes from one rank: adding zeros changes nothing
+    topology.sum_over_world(nll)  # each row comes from one rank: adding zeros changes nothing
+    return nll.cpu().numpy()
 
 
 def _track(steps: range, progress: bool):

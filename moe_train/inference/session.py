@@ -1,8 +1,9 @@
 """A checkpoint on a layout, ready to compute: what scoring and generating share.
 
-The starting process checks everything that needs no ranks (:func:`plan`), starts them (:func:`start_ranks`), and each of
-them builds its part of the model (:func:`open_session`).
+The starting process checks everything that needs no ranks (:func:`plan`), starts them
+(:func:`start_ranks`), and each of them builds its part of the model (:func:`open_session`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -48,7 +49,7 @@ class Plan:
         }
 
     @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> "Plan":
+    def from_payload(cls, payload: dict[str, Any]) -> Plan:
         return cls(
             checkpoint=Path(payload["checkpoint"]),
             model=ModelConfig.model_validate(payload["model"]),
@@ -110,11 +111,11 @@ class Session:
         topology: this rank's place.
     """
 
-    def __init__(self, planned: Plan, model: "JetMoE", topology: "Topology"):
+    def __init__(self, planned: Plan, model: JetMoE, topology: Topology):
         self.plan, self.config, self.topology = planned, planned.model, topology
         self._model = model.eval()
 
-    def new_caches(self) -> list["LayerCache"]:
+    def new_caches(self) -> list[LayerCache]:
         """An empty cache for each layer of this rank."""
         from moe_train.model.attention import LayerCache
 
@@ -122,16 +123,16 @@ class Session:
 
     def forward(
         self,
-        ids_bs: "torch.Tensor",
-        labels_bs: "torch.Tensor | None" = None,
-        caches: list["LayerCache"] | None = None,
+        ids_bs: torch.Tensor,
+        labels_bs: torch.Tensor | None = None,
+        caches: list[LayerCache] | None = None,
         first_position: int = 0,
-    ) -> "torch.Tensor | None":
+    ) -> torch.Tensor | None:
         """Run the model over ``ids_bs`` ``[B, S]``, which is the same on all ranks of one data rank.
 
-        With labels, the negative log-likelihood of each, ``[B, S]``; without, the logits after the last position, ``[B, V]``.
-        Both in fp32 and on the ranks of the last stage only; None elsewhere. With experts spread over data ranks all of
-        them must call it together, with any shape each.
+        With labels, the negative log-likelihood of each, ``[B, S]``; without, the logits after the last
+        position, ``[B, V]``. Both in fp32 and on the ranks of the last stage only; None elsewhere. With
+        experts spread over data ranks all of them must call it together, with any shape each.
         """
         import torch
 
@@ -151,7 +152,7 @@ class Session:
 
 @contextmanager
 def open_session(planned: dict[str, Any]) -> Iterator[Session]:
-    """On a rank: start the engine, build this rank's part of the model and load it; the engine stops at the end."""
+    """On a rank: start the engine, build this rank's part of the model and load it; stop at the end."""
     from parallel import engine  # the first import of megatron-core: it takes seconds
 
     what = Plan.from_payload(planned)
@@ -162,7 +163,7 @@ def open_session(planned: dict[str, Any]) -> Iterator[Session]:
         engine.stop()
 
 
-def load_session(planned: Plan, topology: "Topology") -> Session:
+def load_session(planned: Plan, topology: Topology) -> Session:
     """Build and load on ranks whose engine runs already."""
     from moe_train.checkpoint.load import load_checkpoint
     from moe_train.model.build import DTYPES, build_model

@@ -1,4 +1,5 @@
 """The routing plan on one rank, trip by trip, against plain indexing; gradients against autograd in fp64."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +14,9 @@ TOKENS, EXPERTS, WIDTH = 9, 5, 4
 def topology():
     from parallel import engine
 
-    yield engine.start(Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1)
+    yield engine.start(
+        Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1
+    )
     engine.stop()
 
 
@@ -40,7 +43,9 @@ def routed(request, topology):
 
 
 def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
 
 
 def pairs_by_expert(experts: torch.Tensor) -> list[tuple[int, int]]:

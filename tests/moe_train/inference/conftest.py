@@ -1,4 +1,5 @@
 """One small checkpoint that the tests of this folder use."""
+
 from __future__ import annotations
 
 import pytest

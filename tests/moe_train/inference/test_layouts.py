@@ -1,4 +1,5 @@
 """Scoring and generating: right on one rank, and the same on every layout."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -111,7 +112,9 @@ def test_the_end_and_unknown_ids(checkpoint, ids, alone):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same(ranks, checkpoint, ids, alone, name):
     nll, texts = alone
-    results = ranks(2).run("tests.inference_on_ranks:answer", str(checkpoint), LAYOUTS[name], ids, list(REQUESTS.values()))
+    results = ranks(2).run(
+        "tests.inference_on_ranks:answer", str(checkpoint), LAYOUTS[name], ids, list(REQUESTS.values())
+    )
     for scores, continuations in results:
         np.testing.assert_allclose(scores, nll, atol=5e-5)
         assert dict(zip(REQUESTS, continuations)) == texts

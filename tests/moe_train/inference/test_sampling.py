@@ -1,4 +1,5 @@
 """Choosing a token from logits."""
+
 from __future__ import annotations
 
 import pytest
@@ -26,7 +27,14 @@ def test_temperature_zero_takes_the_first_of_the_likeliest():
 
 def test_nucleus_keeps_the_fewest_that_reach_it():
     probability = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    for top_p, kept in ((1e-9, [1]), (0.4, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.75, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+    for top_p, kept in (
+        (1e-9, [1]),
+        (0.4, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.75, [1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
         assert nucleus(probability, top_p).nonzero().flatten().tolist() == kept, top_p
     assert frequencies(count=500, top_p=0.6)[[0, 2, 4]].sum() == 0
 

@@ -1,4 +1,5 @@
 """The model against Hugging Face's JetMoE with the same random weights: logits, loss and every gradient."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,7 +10,17 @@ from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, Rout
 
 
 def model_config(
-    *, vocab=51, hidden=24, layers=2, experts=4, top_k=2, heads=3, head_dim=8, ffn=20, activation="silu", **changes
+    *,
+    vocab=51,
+    hidden=24,
+    layers=2,
+    experts=4,
+    top_k=2,
+    heads=3,
+    head_dim=8,
+    ffn=20,
+    activation="silu",
+    **changes,
 ) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab,
@@ -27,17 +38,31 @@ SHAPES = {
     "top 1": (model_config(top_k=1), 2, 11),
     "top 3, odd sizes, other eps and theta, untied": (
         model_config(
-            vocab=37, hidden=21, layers=3, experts=5, top_k=3, ffn=19, norm_eps=1e-3, rope_theta=500.0, tie_embeddings=False
+            vocab=37,
+            hidden=21,
+            layers=3,
+            experts=5,
+            top_k=3,
+            ffn=19,
+            norm_eps=1e-3,
+            rope_theta=500.0,
+            tie_embeddings=False,
         ),
         3,
         7,
     ),
-    "all experts, one head, gelu": (model_config(experts=3, top_k=3, heads=1, head_dim=6, activation="gelu"), 1, 17),
+    "all experts, one head, gelu": (
+        model_config(experts=3, top_k=3, heads=1, head_dim=6, activation="gelu"),
+        1,
+        17,
+    ),
     "heads wider than the model, relu, large eps": (
-        model_config(hidden=10, heads=5, head_dim=4, activation="relu", norm_eps=0.1), 2, 5
+        model_config(hidden=10, heads=5, head_dim=4, activation="relu", norm_eps=0.1),
+        2,
+        5,
     ),
     "one token": (model_config(), 4, 1),
-}  # fmt: skip
+}
 
 
 def huggingface_twin(config: ModelConfig, ours: dict[str, torch.nn.Parameter]):
@@ -73,7 +98,7 @@ def huggingface_twin(config: ModelConfig, ours: dict[str, torch.nn.Parameter]):
 
 @pytest.fixture(params=SHAPES, scope="module")
 def both(request, topology):
-    """(config, our model, its parameters by name, the twin, its parameters by our names, token ids [B, S + 1])."""
+    """(config, our model, its parameters by name, the twin, its parameters by our names, token ids)."""
     from moe_train.model.build import build_model
     from moe_train.model.jetmoe import ModelOptions
 
@@ -110,7 +135,8 @@ def test_loss_and_gradients(both):
     expected_bs.mean().backward()
     torch.testing.assert_close(nll_bs, expected_bs.detach(), atol=5e-5, rtol=0)
     assert loss.item() == pytest.approx(expected_bs.mean().item(), abs=1e-5)
-    silent = {"router"} if config.mlp.top_k == 1 else set()  # with one expert the gate is 1 whatever the router says
+    # With one expert the gate is 1 whatever the router says.
+    silent = {"router"} if config.mlp.top_k == 1 else set()
     for name, parameter in ours.items():
         grad, expected = parameter.grad.view(theirs[name].shape), theirs[name].grad
         if not silent & set(name.split(".")) and ids.shape[1] > 2:

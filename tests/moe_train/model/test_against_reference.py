@@ -1,4 +1,5 @@
-"""Whole optimizer steps, router losses included, against the reference loop of `tests.reference_jetmoe` in fp64."""
+"""Whole optimizer steps with router losses against the fp64 loop of `tests.reference_jetmoe`."""
+
 from __future__ import annotations
 
 import pytest
@@ -42,13 +43,18 @@ def setting(request, topology):
 
     config = MODELS[request.param]
     chunks = build_model(config, topology, ModelOptions(seed=3))
-    copies = {p.placement.name: p.detach().double().view(p.placement.global_shape).clone() for p in chunks[0].parameters()}
+    copies = {
+        p.placement.name: p.detach().double().view(p.placement.global_shape).clone()
+        for p in chunks[0].parameters()
+    }
     generator = torch.Generator().manual_seed(11)
     shape = (STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH + 1)
     return config, chunks, copies, torch.randint(0, config.vocab_size, shape, generator=generator)
 
 
-def reference_steps(config: ModelConfig, parameters: reference.Parameters, batches: torch.Tensor) -> list[dict]:
+def reference_steps(
+    config: ModelConfig, parameters: reference.Parameters, batches: torch.Tensor
+) -> list[dict]:
     for parameter in parameters.values():
         parameter.requires_grad_()
     moments: dict = {}
@@ -63,7 +69,14 @@ def reference_steps(config: ModelConfig, parameters: reference.Parameters, batch
             balance, z = balance + out.load_balancing.item() / routers, z + out.z.item() / routers
         o = OPTIMIZER
         norm = reference.adamw_step(
-            parameters, moments, step, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, clip_grad=o.clip_grad
+            parameters,
+            moments,
+            step,
+            lr=o.lr,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_grad=o.clip_grad,
         )
         figures.append({"loss": loss, "balance": balance, "z": z, "norm": norm})
     return figures
@@ -101,13 +114,13 @@ def test_eight_steps_with_router_losses(setting, topology):
             assert figures[name] == pytest.approx(wanted[name], abs=5e-5), (step, name)
     for parameter in chunks[0].parameters():
         name = parameter.placement.name
-        mine, theirs = parameter.detach().double().view(parameter.placement.global_shape), copies[name].detach()
+        mine, theirs = parameter.detach().double().view_as(copies[name]), copies[name].detach()
         # One step moves a weight by up to the learning rate whatever the size of its gradient.
         assert (mine - theirs).abs().mean() < 2e-3 * OPTIMIZER.lr, name
 
 
 def test_the_coefficients_reach_the_gradient(setting):
-    """The comparison above would not tell a router loss that never arrives from one that is too small to see."""
+    """The comparison above could not tell a router loss that never arrives from one too small to see."""
     config, _, copies, batches = setting
     gradients = []
     for coefficient in (0.0, config.router.load_balancing_coef):

@@ -1,4 +1,5 @@
 """Hand-written backwards (norm, rotary embedding, gated MLP) against autograd and formulas in fp64."""
+
 from __future__ import annotations
 
 import pytest
@@ -48,7 +49,9 @@ def test_norm_in_bf16_casts_before_it_scales(topology):
     y = norm(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, normed.bfloat16() * norm.weight)
-    assert not torch.equal(y, (normed * norm.weight.float()).bfloat16()), "the two orders cannot be told apart here"
+    assert not torch.equal(y, (normed * norm.weight.float()).bfloat16()), (
+        "the two orders cannot be told apart here"
+    )
 
 
 # --- rotary embedding

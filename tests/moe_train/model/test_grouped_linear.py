@@ -1,4 +1,5 @@
 """The experts' linear layer against its loop, empty experts included."""
+
 from __future__ import annotations
 
 import pytest
@@ -21,7 +22,11 @@ def problem(counts: list[int], dtype: torch.dtype):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return draw(sum(counts), IN).requires_grad_(), draw(len(counts), OUT, IN).requires_grad_(), draw(sum(counts), OUT)
+    return (
+        draw(sum(counts), IN).requires_grad_(),
+        draw(len(counts), OUT, IN).requires_grad_(),
+        draw(sum(counts), OUT),
+    )
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)

@@ -1,4 +1,5 @@
-"""The chunked cross-entropy against fp64: chunks, padding rows, labels on the borders of chunks and of the vocabulary."""
+"""The chunked cross-entropy against fp64: chunks, padding rows, labels on the borders of both."""
+
 from __future__ import annotations
 
 import pytest

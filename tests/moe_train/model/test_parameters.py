@@ -1,4 +1,5 @@
 """Initial weights, names and counts."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,9 @@ SHAPES = {
 }
 
 
-def drawn(name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None, seed: int = 1):
+def drawn(
+    name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None, seed: int = 1
+):
     from moe_train.model.parameters import initialize, new_parameter
 
     parameter = new_parameter(
@@ -34,9 +37,13 @@ def test_a_slice_is_drawn_as_the_whole_is(topology, name):
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         low = [int(torch.randint(0, extent, (), generator=generator)) for extent in whole.shape]
-        high = [int(torch.randint(at + 1, extent + 1, (), generator=generator)) for at, extent in zip(low, whole.shape)]
+        high = [
+            int(torch.randint(at + 1, extent + 1, (), generator=generator))
+            for at, extent in zip(low, whole.shape)
+        ]
         expected = whole[tuple(slice(a, b) for a, b in zip(low, high))]
-        assert torch.equal(drawn(name, tuple(low), tuple(b - a for a, b in zip(low, high))), expected), (low, high)
+        part = drawn(name, tuple(low), tuple(b - a for a, b in zip(low, high)))
+        assert torch.equal(part, expected), (low, high)
 
 
 def test_draws_are_normal_and_differ(topology):
@@ -51,7 +58,9 @@ def test_padding_norms_and_biases(topology):
     from moe_train.model.parameters import initialize, new_parameter
 
     def new(name, global_shape, **where):
-        parameter = new_parameter(name, global_shape, dtype=torch.float32, device=torch.device("cpu"), **where)
+        parameter = new_parameter(
+            name, global_shape, dtype=torch.float32, device=torch.device("cpu"), **where
+        )
         with torch.no_grad():
             parameter.fill_(7.0)
         initialize(parameter, seed=1, std=0.02)
@@ -85,14 +94,18 @@ def test_names_and_shapes_are_those_of_the_config(topology, tied):
 
 @pytest.mark.parametrize("name", ["jetmoe_8b", "jetmoe_4b"])
 def test_counts_of_the_large_presets(topology, name):
-    """Built on the meta device; megatron-core's own layers are left on the CPU, where untouched memory costs nothing."""
+    """Built on the meta device (megatron-core's own layers on the CPU: untouched memory costs nothing)."""
     from moe_train.model.build import build_model
     from moe_train.model.jetmoe import ModelOptions
 
     config = load_model(name)
-    model = build_model(config, replace(topology, device=torch.device("meta")), ModelOptions(dtype=torch.bfloat16))[0]
+    model = build_model(
+        config, replace(topology, device=torch.device("meta")), ModelOptions(dtype=torch.bfloat16)
+    )[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters()
-    assert {p.placement.name: p.placement.global_shape for p in model.parameters()} == config.parameter_shapes()
+    assert {
+        p.placement.name: p.placement.global_shape for p in model.parameters()
+    } == config.parameter_shapes()
     experts = [p for p in model.parameters() if getattr(p, "allreduce", True) is False]
     idle = sum(p.numel() * (8 - 2) // 8 for p in experts)
     assert config.num_parameters() - idle == config.num_active_parameters()

@@ -1,4 +1,5 @@
 """The router: gates, and value and gradient of both losses against fp64."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,9 @@ def new_router(topology, top_k: int, **config):
     from moe_train.model.parameters import initialize
     from moe_train.model.router import Router
 
-    router = Router("layers.0.mlp.router", HIDDEN, EXPERTS, top_k, RouterConfig(**config), topology, torch.float32)
+    router = Router(
+        "layers.0.mlp.router", HIDDEN, EXPERTS, top_k, RouterConfig(**config), topology, torch.float32
+    )
     initialize(router.weight, seed=5, std=0.5)
     seen: list = []
     router.observe = lambda *figures: seen.append(figures)
