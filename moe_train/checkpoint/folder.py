@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.manifest import flush, is_complete
+from moe_train.checkpoint.manifest import MANIFEST, MANIFEST_HASH, flush, is_complete
 from moe_train.errors import DamagedError, UserError
 
 FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if (path / RUN_STATE).exists():
+    if any((path / name).exists() for name in (RUN_STATE, MANIFEST, MANIFEST_HASH)):  # one of them may be what was lost
         return path
     at = re.fullmatch(r"(.+)@(\d+)", str(path))
     run, step = (Path(at[1]), int(at[2])) if at and not path.exists() else (path, None)

@@ -167,7 +167,8 @@ def read_rectangle(
 
 def _fill(file: int, begin: int, tensor: torch.Tensor) -> None:
     """Read a contiguous tensor of a CPU from byte ``begin`` on."""
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a dimension of one may have any stride
+    view = memoryview(flat.view(torch.uint8).numpy())
     while view:
         count = os.preadv(file, [view], begin)
         if count == 0:

@@ -1,0 +1,188 @@
+"""Saving and loading of a small model on any layout, as every rank of a test's pool does it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.steps_on_ranks import build, make_layout, run_steps, small_model
+
+
+def _built(layout: dict, precision: str, seed: int = 5):
+    return build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), small_model(), precision, seed=seed)
+
+
+def _checkpointer(built, folder: str, **config: Any):
+    from moe_train.checkpoint.config import CheckpointConfig
+    from moe_train.checkpoint.save import Checkpointer
+
+    chunks, _, optimizer, _, topology = built
+    said: list[str] = []
+    options = {name: config.pop(name) for name in ("may_commit", "saved") if name in config}
+    checkpointer = Checkpointer(
+        Path(folder), CheckpointConfig(**config), chunks, optimizer, topology, warn=said.append, **options
+    )
+    return checkpointer, said
+
+
+def _state(step: int) -> dict[str, int]:
+    return {"step": step, "samples": 8 * step, "tokens": 120 * step}
+
+
+def train_and_save(layout: dict, folder: str, precision: str, steps: int = 2) -> None:
+    """Take steps, so that moments and weights are all different, and save."""
+    built = _built(layout, precision)
+    run_steps(built, range(steps), small_model().vocab_size)
+    checkpointer, _ = _checkpointer(built, folder)
+    checkpointer.save(steps, _state(steps))
+    checkpointer.finish()
+
+
+def load_and_save(layout: dict, source: str, folder: str, precision: str) -> int:
+    """Load into a model that began otherwise, and save what is there then; the optimizer's count of steps."""
+    from moe_train.checkpoint.load import load_checkpoint
+
+    built = _built(layout, precision, seed=99)
+    chunks, _, optimizer, _, topology = built
+    state = load_checkpoint(Path(source), chunks, optimizer, topology)
+    checkpointer, _ = _checkpointer(built, folder)
+    checkpointer.save(state["step"], _state(state["step"]))
+    checkpointer.finish()
+    return optimizer.steps_taken
+
+
+def weights_after_loading(source: str, precision: str) -> dict[str, torch.Tensor]:
+    """On one rank: parameters and, as ``main.NAME``, what the optimizer updates (all of it, as there is one rank)."""
+    from moe_train.checkpoint.load import load_checkpoint
+
+    chunks, _, optimizer, _, topology = _built({}, precision, seed=99)
+    load_checkpoint(Path(source), chunks, optimizer, topology)
+    found = {each.placement.name: each.detach().clone() for each in chunks[0].parameters()}
+    for shard in optimizer.shards():
+        name = shard.parameter.placement.name
+        found[f"main.{name}"] = shard.main.view(shard.parameter.placement.local_shape).clone()
+    return found
+
+
+def bytes_read(layout: dict, source: str, precision: str) -> int:
+    """What this rank reads of a checkpoint's files to load all it needs."""
+    from moe_train.checkpoint import reader
+    from moe_train.checkpoint.load import load_checkpoint
+
+    chunks, _, optimizer, _, topology = _built(layout, precision, seed=99)
+    read, fill = [], reader._fill
+
+    def counted(file, begin, tensor):
+        read.append(tensor.nbytes)
+        fill(file, begin, tensor)
+
+    reader._fill = counted
+    try:
+        load_checkpoint(Path(source), chunks, optimizer, topology)
+    finally:
+        reader._fill = fill
+    return sum(read)
+
+
+def save_while_training(folder: str, steps: int) -> list[str]:
+    """A save at every step, in the background, with training going on at once."""
+    built = _built({}, "fp32")
+    checkpointer, said = _checkpointer(built, folder, keep_last=steps)
+    for step in range(steps):
+        run_steps(built, range(step, step + 1), small_model().vocab_size)
+        checkpointer.save(step + 1, _state(step + 1))
+    checkpointer.finish()
+    return said
+
+
+def save_with_small_files(folder: str, rank: int, limit: int) -> tuple[list[str], str]:
+    """Save step 1; save step 2 while the files of ``rank`` may not grow beyond ``limit`` bytes, as on a disk that is full; save step 3.
+    Step 4 is the last one and fails in the same way: what the run ends with."""
+    built = _built({}, "fp32")
+    topology = built[-1]
+    checkpointer, said = _checkpointer(built, folder)
+    checkpointer.save(1, _state(1))
+    checkpointer.wait()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for step in (2, 3, 4):
+            small = step != 3 and topology.rank == rank
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit if small else most, most))
+            checkpointer.save(step, _state(step))
+            if step < 4:
+                checkpointer.wait()
+        try:
+            checkpointer.finish()
+            ended = "well"
+        except Exception as error:
+            ended = f"{error.exit_code}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        signal.signal(signal.SIGXFSZ, handler)
+    return said, ended
+
+
+def save_into(folder: str, async_save: bool) -> list[str]:
+    """Save step 1 into a folder that may be of any kind; what was said."""
+    checkpointer, said = _checkpointer(_built({}, "fp32"), folder, **{"async": async_save})
+    checkpointer.save(1, _state(1))
+    checkpointer.wait()
+    return said
+
+
+def save_forbidden(folder: str) -> str:
+    """Save where the run has lost the right to commit; how it ends."""
+    from moe_train.errors import PolicyStop
+
+    def forbid():
+        raise PolicyStop("another start owns the folder")
+
+    checkpointer, _ = _checkpointer(_built({}, "fp32"), folder, may_commit=forbid)
+    checkpointer.save(1, _state(1))
+    try:
+        checkpointer.wait()
+    except PolicyStop as error:
+        return str(error)
+    return "well"
+
+
+def save_and_die(folder: str, rank: int) -> None:
+    """Save step 1; then ``rank`` dies while its part of step 2 is being written, and the others wait a moment."""
+    built = _built({}, "fp32")
+    checkpointer, _ = _checkpointer(built, folder)
+    checkpointer.save(1, _state(1))
+    checkpointer.wait()
+    if built[-1].rank == rank:
+        from moe_train.checkpoint import save
+
+        write_metadata, write_pieces = save.write_metadata, save.write_pieces
+
+        def die(function):
+            def dying(*args):
+                function(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            return dying
+
+        # Rank 0 after its last file but the manifest, another rank between its file and its receipt.
+        save.write_metadata, save.write_pieces = die(write_metadata), write_pieces if rank == 0 else die(write_pieces)
+    checkpointer.save(2, _state(2))
+    time.sleep(60)
+
+
+def find(folder: str, which: str) -> str:
+    """The checkpoint that all ranks agree to resume from, or how they fail."""
+    from moe_train.checkpoint.load import find_checkpoint
+
+    topology = _built({}, "fp32")[-1]
+    try:
+        return str(find_checkpoint(Path(folder), which, topology))
+    except Exception as error:
+        return f"{error.exit_code}: {error}"

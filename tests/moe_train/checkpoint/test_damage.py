@@ -1,0 +1,155 @@
+"""Whatever happens to a file of a checkpoint is found, named, and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+
+import pytest
+
+from moe_train.checkpoint.folder import POINTER
+from moe_train.checkpoint.inspect import verify
+from moe_train.checkpoint.load import find_checkpoint
+from moe_train.errors import DamagedError, UserError
+from tests.moe_train.checkpoint.conftest import add_checkpoint
+
+
+def damage(path, number: random.Random) -> str:
+    """One byte other than it was, or the end cut off, or the file gone."""
+    kind = number.choice(("flip", "truncate", "delete")) if path.stat().st_size else "delete"
+    if kind == "delete":
+        path.unlink()
+    elif kind == "truncate":
+        os.truncate(path, number.randrange(path.stat().st_size))
+    else:
+        content = bytearray(path.read_bytes())
+        content[number.randrange(len(content))] ^= 1 << number.randrange(8)
+        path.write_bytes(content)
+    return kind
+
+
+def test_two_hundred_damages_are_all_found_and_survived(run, tmp_path, capsys) -> None:
+    folder, number = run / "checkpoints", random.Random(1)
+    newest, before = folder / "iter_0000300", folder / "iter_0000200"
+    names = sorted(path.name for path in newest.iterdir())
+    spare = shutil.copytree(newest, tmp_path / "spare")
+    kinds = set()
+    for trial in range(200):
+        victim = newest / names[trial % len(names)]
+        kinds.add((damage(victim, number), victim.name))
+        with pytest.raises(DamagedError, match=re.escape(victim.name)):
+            verify(newest)
+        assert find_checkpoint(folder) == before
+        assert victim.name in capsys.readouterr().out
+        assert not newest.exists()
+        shutil.rmtree(folder / "iter_0000300.damaged")
+        shutil.copytree(spare, newest)
+    assert len(kinds) == 3 * len(names)
+    assert find_checkpoint(folder) == newest
+
+
+@pytest.mark.parametrize("flip", range(33))
+def test_every_byte_of_the_last_hash_counts(run, flip) -> None:
+    """Also the one that ends the line: 0x0a and 0x0b are both white space."""
+    path = run / "checkpoints" / "iter_0000300" / "manifest.json.xxh3"
+    content = bytearray(path.read_bytes())
+    assert len(content) == 33
+    content[flip] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match="manifest.json.xxh3"):
+        verify(path.parent)
+
+
+def test_a_bad_one_is_named_and_set_aside_not_deleted(run, capsys) -> None:
+    folder = run / "checkpoints"
+    (folder / "iter_0000300" / "run_state.json").write_text("{}")
+    (folder / "iter_0000200" / "__0_0.distcp").unlink()
+    assert find_checkpoint(folder) == folder / "iter_0000100"
+    said = capsys.readouterr().out
+    assert "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
+    assert (folder / "iter_0000300.damaged" / "run_state.json").exists()
+    assert (folder / POINTER).read_text() == "100\n"
+
+
+def test_none_left_stops_the_run_now_and_later(run) -> None:
+    folder = run / "checkpoints"
+    for path in folder.glob("iter_*"):
+        (path / "manifest.json").write_text("{}")
+    with pytest.raises(DamagedError, match="iter_0000300: .*iter_0000100: "):
+        find_checkpoint(folder)
+    (folder / POINTER).unlink()
+    with pytest.raises(DamagedError, match="set aside or gone"):  # it must not start from scratch then
+        find_checkpoint(folder)
+
+
+def test_a_folder_that_never_had_one_is_a_new_run(tmp_path) -> None:
+    assert find_checkpoint(tmp_path / "checkpoints") is None
+    (tmp_path / "iter_0000100.writing.abcd").mkdir()  # killed in its first save
+    assert find_checkpoint(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pointer_to_nothing(run) -> None:
+    for path in (run / "checkpoints").glob("iter_*"):
+        shutil.rmtree(path)
+    with pytest.raises(DamagedError, match="holds no checkpoint that is whole"):
+        find_checkpoint(run / "checkpoints")
+
+
+@pytest.mark.parametrize("content", [None, "", "100\n", "900\n", "nonsense"])
+def test_the_pointer_does_not_decide(run, content) -> None:
+    """Killed between the rename and the pointer, or somebody's editor: the folders themselves are what counts."""
+    pointer = run / "checkpoints" / POINTER
+    pointer.unlink() if content is None else pointer.write_text(content)
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "iter_0000300"
+    assert pointer.read_text() == "300\n"
+
+
+def test_what_a_killed_save_left_goes(run) -> None:
+    folder = run / "checkpoints"
+    for name in ("iter_0000400.writing.12ab", "iter_0000100.removing"):
+        (folder / name).mkdir()
+        (folder / name / "__0_0.distcp").touch()
+    assert find_checkpoint(folder) == folder / "iter_0000300"
+    assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000100", "iter_0000200", "iter_0000300"]
+
+
+def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, capsys) -> None:
+    folder = run / "checkpoints"
+    assert find_checkpoint(folder, str(folder / "iter_0000100")) == folder / "iter_0000100"
+    assert "given up" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.glob("iter_*")) == [
+        "iter_0000100",
+        "iter_0000200.superseded",
+        "iter_0000300.superseded",
+    ]
+    add_checkpoint(folder, 150)
+    assert find_checkpoint(folder) == folder / "iter_0000150"
+
+
+def test_one_of_another_run_leaves_both_as_they_are(run, tmp_path) -> None:
+    other = tmp_path / "other" / "checkpoints"
+    add_checkpoint(other, 900)
+    assert find_checkpoint(other, str(run / "checkpoints" / "iter_0000100")).name == "iter_0000100"
+    assert (other / "iter_0000900").exists() and (run / "checkpoints" / "iter_0000300").exists()
+
+
+def test_a_bad_one_by_its_path_is_refused(run) -> None:
+    path = run / "checkpoints" / "iter_0000200"
+    (path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(DamagedError, match="__0_0.distcp has 0 bytes"):
+        find_checkpoint(run / "checkpoints", str(path))
+    assert path.exists() and (run / "checkpoints" / "iter_0000300").exists()
+
+
+def test_a_later_format_is_refused_not_set_aside(run) -> None:
+    from moe_train.checkpoint.folder import read_run_state
+
+    path = run / "checkpoints" / "iter_0000300"
+    state = json.loads((path / "run_state.json").read_text())
+    (path / "run_state.json").write_text(json.dumps({**state, "format_version": 99}))
+    with pytest.raises(UserError, match="format 99.*update moe-train"):
+        read_run_state(path)
