@@ -6,6 +6,7 @@ safetensors, single or sharded with an index, is read and written; torch's ``pyt
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ class FolderWriter:
             file_name = (
                 "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             )
+            self._unnamed(number).chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
             self._unnamed(number).rename(self.folder / file_name)
             weight_map.update(dict.fromkeys(names, file_name))
         if count > 1:
@@ -179,6 +181,13 @@ class FolderWriter:
 
     def _unnamed(self, number: int) -> Path:
         return self.folder / f"shard-{number}.partial"
+
+
+def _umask() -> int:
+    """The bits that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -97,6 +97,7 @@ def test_transformers_computes_the_same(tmp_path, config, shard_bytes):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > (1 if shard_bytes else 0)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == bool(shard_bytes)
     assert ("lm_head.weight" in tensors_of(tmp_path / "hf")) == (not config.tie_embeddings)
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "some files are private"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ids = torch.randint(0, config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
