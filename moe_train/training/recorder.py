@@ -60,7 +60,8 @@ class Recorder:
         self._metrics.append(line)
         due = "routers" in line
         self.console.step(line, due)
-        self.console.router_health(line["step"], loads)
+        if due:
+            self.console.router_health(line["step"], loads)
         scores = {name: value for name, value in line.items() if name.startswith("validation/")}
         if scores:
             self.console.say(f"  held-out at step {line['step']}: " + ", ".join(
