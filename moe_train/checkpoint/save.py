@@ -233,5 +233,8 @@ class _Save(threading.Thread):
         return self.writing / f"rank_{rank:05d}.receipt"
 
     def _fail(self, error: BaseException) -> None:
-        self.failure = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
+        text = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # without its number
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        self.failure = text
         self.fatal = getattr(error, "exit_code", None) is not None
