@@ -13,7 +13,7 @@ from moe_train.demo import run as demo
 from moe_train.errors import UserError
 
 STEP = 16 * 256
-TOTAL = 2_000_000
+TOTAL = load_run(demo.RUN_FILE).total_tokens
 
 
 @pytest.fixture

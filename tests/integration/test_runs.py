@@ -1,0 +1,191 @@
+"""`moe-train pretrain` from the outside: trains, stops, resumes, refuses, survives a lost rank."""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.runs import arithmetic, metrics, outcome, run, start, write_corpora
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    """The folder of an undisturbed run of 12 steps with checkpoints at 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("complete")
+    write_corpora(folder)
+    status, said = run(folder)
+    assert status == 0, said
+    return folder
+
+
+@pytest.fixture
+def cut(complete, tmp_path) -> Path:
+    """A copy of that run that ended after step 8."""
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    place = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**place, "output_dir": str(tmp_path / "run")}))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "iter_0000012")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("8\n")
+    for name in ("config.yaml", "config.1.yaml"):
+        path = tmp_path / "run" / name
+        path.write_text(path.read_text().replace(str(complete), str(tmp_path)))
+    return tmp_path
+
+
+def test_a_run_leaves_what_it_promises(complete):
+    folder = complete / "run"
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["tokens"] for line in lines] == [64 * step for step in range(1, 13)]
+    assert [line["phase"] for line in lines] == ["stable"] * 6 + ["decay"] * 6
+    wanted = {"loss", "load_balancing_loss", "z_loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
+    assert all({*wanted, "tflops_per_gpu", "mfu"} <= set(line) for line in lines)
+    assert [line["step"] for line in lines if "validation/web" in line] == [4, 8, 12]
+    assert set(lines[1]["routers"]) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")}
+    assert outcome(folder)["code"] == 0 and outcome(folder)["step"] == 12
+    for name in ("config.yaml", "config.1.yaml", "events.jsonl", "ledger.json", "logs/rank_00000.log", "logs/rank_00001.log"):
+        assert (folder / name).exists(), name
+    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "12\n"
+    checkpoint = folder / "checkpoints/iter_0000012"
+    for name in (".metadata", "run_state.json", "manifest.json", "manifest.json.xxh3"):
+        assert (checkpoint / name).exists(), name
+
+
+def test_a_complete_run_says_so_and_how_to_go_on(complete):
+    before = metrics(complete / "run")
+    status, said = run(complete)
+    assert status == 0 and "is complete" in said and "more tokens" in said
+    assert metrics(complete / "run") == before
+
+
+def test_a_resume_repeats_the_undisturbed_run_bit_for_bit(complete, cut):
+    status, said = run(cut)
+    assert status == 0, said
+    assert "resumed from" in said
+    assert arithmetic(metrics(cut / "run")) == arithmetic(metrics(complete / "run"))
+
+
+def test_a_resume_on_another_layout_goes_on_with_the_same_curve(complete, cut):
+    status, said = run(cut, "parallel.tensor=2", "--parallel.expert=1")
+    assert status == 0, said
+    for line, expected in zip(metrics(cut / "run"), metrics(complete / "run")):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_a_longer_mixture_is_taken_up_and_recorded(cut):
+    mixture = yaml.safe_load((cut / "mixture.yaml").read_text())
+    mixture["phases"][1]["tokens"] += 8 * 16
+    mixture["phases"][1]["weights"] = {"web": 5, "code": 1}
+    (cut / "mixture.yaml").write_text(yaml.safe_dump(mixture, sort_keys=False))
+    status, said = run(cut)
+    assert status == 0, said
+    assert len(metrics(cut / "run")) == 14
+    assert "the mixture was edited" in said and '"kind": "mixture"' in (cut / "run/events.jsonl").read_text()
+
+
+def test_a_stop_file_saves_and_ends_with_3(tmp_path):
+    write_corpora(tmp_path)
+    process = start(tmp_path, "checkpoint.interval=1000", "data.validation=null")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (tmp_path / "run/stop").touch()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    step = outcome(tmp_path / "run")["step"]
+    assert outcome(tmp_path / "run")["code"] == 3 and "stop" in outcome(tmp_path / "run")["reason"]
+    assert (tmp_path / f"run/checkpoints/iter_{step:07d}/manifest.json.xxh3").exists()
+
+
+def test_a_killed_rank_ends_the_run_with_5_and_it_resumes(complete, cut):
+    process = start(cut, "checkpoint.interval=1 steps")
+    log = cut / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(log.read_text().splitlines()) > 8 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the resumed run cuts the metrics back to step 8
+    while len(log.read_text().splitlines()) <= 8 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 5, said
+    assert "killed by SIGKILL" in said
+    assert outcome(cut / "run")["code"] == 5
+    status, said = run(cut)
+    assert status == 0, said
+    assert [line[:8] for line in arithmetic(metrics(cut / "run"))] == [line[:8] for line in arithmetic(metrics(complete / "run"))]
+
+
+def test_weights_alone_start_a_new_run(complete, tmp_path):
+    write_corpora(tmp_path)
+    source = complete / "run/checkpoints/iter_0000012"
+    status, said = run(
+        tmp_path, f"checkpoint.initialize_from={source}", "training.max_steps=1", "data.validation=null", nproc=2
+    )
+    assert status == 0, said
+    first = metrics(tmp_path / "run")[0]
+    assert first["step"] == 1 and first["loss"] < metrics(complete / "run")[0]["loss"]
+
+
+def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
+    write_corpora(tmp_path)
+    shutil.copytree(complete, tmp_path / "origin")
+    import subprocess
+    import sys
+
+    from tests.integration.runs import ROOT
+
+    command = [sys.executable, "-m", "moe_train", "branch", f"{tmp_path}/origin/run@8", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["training.globl_batch_size=8"], ["training.globl_batch_size", "global_batch_size"]),
+        (["training.micro_batch_size=two"], ["training.micro_batch_size", "two"]),
+        (["parallel.tensor=2", "parallel.pipeline=2"], ["does not divide the 2 processes", "4 processes"]),
+        (["parallel.expert=3"], ["3"]),
+        (["data.mixture=nowhere.yaml"], ["nowhere.yaml"]),
+        (["--resume", "iter_0000999"], ["iter_0000999"]),
+        (["training.precision=fp8"], ["fp8", "Transformer Engine"]),
+    ],
+)
+def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):
+    write_corpora(tmp_path)
+    status, said = run(tmp_path, *change)
+    assert status == 2, said
+    assert len(said.strip().splitlines()) == 1 and said.startswith("error: "), said
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_id_over_the_vocabulary_names_its_corpus(tmp_path):
+    write_corpora(tmp_path)  # without a manifest: found when a window with it is read
+    status, said = run(tmp_path, "model.vocab_size=20")
+    assert status == 2 and ".bin holds token id" in said and "20 ids" in said
+
+
+def test_a_missing_corpus_names_source_and_path(tmp_path):
+    write_corpora(tmp_path)
+    (tmp_path / "code.bin").unlink()
+    status, said = run(tmp_path)
+    assert status == 2 and "code" in said and str(tmp_path / "code.bin") in said and len(said.strip().splitlines()) == 1
+
+
+def test_another_model_in_the_same_folder_is_refused_with_both_values(cut):
+    status, said = run(cut, "model.hidden_size=32")
+    assert status == 2 and "model.hidden_size 16 -> 32" in said and len(said.strip().splitlines()) == 1
+    status, said = run(cut, "--resume", "never")
+    assert status == 2 and "holds a run" in said
