@@ -174,7 +174,8 @@ def save_and_die(folder: str, rank: int) -> None:
         # Rank 0 after its last file but the manifest, another rank between its file and its receipt.
         save.write_metadata, save.write_pieces = die(write_metadata), write_pieces if rank == 0 else die(write_pieces)
     checkpointer.save(2, _state(2))
-    time.sleep(60)
+    time.sleep(60 if built[-1].rank == rank else 2)
+    raise RuntimeError("the other rank died")
 
 
 def find(folder: str, which: str) -> str:
