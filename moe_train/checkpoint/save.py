@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from moe_train.checkpoint.config import CheckpointConfig
 from moe_train.checkpoint.coverage import what_is_not_covered
 from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, checkpoint_name, clean, commit
-from moe_train.checkpoint.manifest import describe, write_manifest
+from moe_train.checkpoint.manifest import check_files, describe, write_manifest
 from moe_train.checkpoint.pieces import HostCopies, Piece, pieces_to_save
 from moe_train.checkpoint.random_state import random_state
 from moe_train.checkpoint.retention import remove_superseded
@@ -69,11 +69,12 @@ class Checkpointer:
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._last_failure: str | None = None
-        # A rank of an earlier start that still writes somewhere must not write into a folder of this one.
-        self._token = topology.from_rank_zero(secrets.token_hex(4))
         if topology.rank == 0:
             for path in clean(folder):
                 warn(f"{path} is left from an earlier start and cannot be removed")
+        # A rank of an earlier start that still writes must not write into a folder of this one. Until rank 0 has cleaned up, no
+        # rank knows the token, and so none writes.
+        self._token = topology.from_rank_zero(secrets.token_hex(4))
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
         """Save ``step``; waits first for a save that is still being written. Every rank calls it."""
@@ -200,6 +201,8 @@ class _Save(threading.Thread):
         for rank, each in enumerate(written):
             entries |= each.entries
             self._receipt(rank).unlink()
+        if fault := check_files(self.writing, entries, hashes=False):
+            raise RuntimeError(f"what was written is not there: {fault}")
         write_manifest(self.writing, entries)
         owner.may_commit()
         commit(self.target, self.writing)
