@@ -2,6 +2,7 @@
 
     python benchmarks/step_vs_hf.py                 fp32 and bf16, batch 4 x 512, two threads
     python benchmarks/step_vs_hf.py --rounds 9
+    python benchmarks/step_vs_hf.py --profile ours --precision bf16      where the time of a step goes
 
 Each side runs in a process of its own and the two take turns step by step, so that a change of the machine's speed meets
 both. Prints one JSON line: for each precision the seconds of either side (median) and ``ratio`` = ours / theirs, the
@@ -27,10 +28,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=["fp32", "bf16"], action="append")
+    parser.add_argument("--profile", choices=["ours", "theirs"], help="shares of one step by kind of operation instead")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         serve(arguments.side, arguments.precision[0], arguments.threads)
+        return
+    if arguments.profile:
+        precision = (arguments.precision or ["fp32"])[0]
+        print(json.dumps({"benchmark": "step_vs_hf", "profile": arguments.profile, precision: profile(arguments, precision)}))
         return
     result = {"benchmark": "step_vs_hf", "batch": [BATCH, SEQUENCE], "threads": arguments.threads}
     for precision in arguments.precision or ["fp32", "bf16"]:
@@ -67,8 +73,47 @@ def _start(side: str, precision: str, threads: int) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention kernel": ("aten::_scaled_dot_product",),
+    "allocation and zeroing": ("aten::fill_", "aten::empty", "aten::zero"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::clone"),
+    "moving rows": ("aten::index", "aten::_index_put", "aten::gather", "aten::scatter", "aten::sort"),
+    "AdamW": ("aten::_fused_adamw",),
+}
+"""Kinds of operations by the beginning of their names; what fits none is elementwise work, reductions and overhead."""
+
+
+def profile(arguments: argparse.Namespace, precision: str) -> dict[str, float]:
+    """The share of each kind of operation in the time of the third step."""
+    import torch
+
+    step, batch = _prepare(arguments.profile, precision, arguments.threads)
+    step(batch())
+    step(batch())
+    windows = batch()
+    with torch.profiler.profile() as recorded:
+        step(windows)
+    spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in recorded.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "the rest")
+        spent[kind] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: round(time / total, 3) for kind, time in spent.items()}
+
+
 def serve(side: str, precision: str, threads: int) -> None:
     """One step for each line read; prints its seconds."""
+    step, batch = _prepare(side, precision, threads)
+    for _ in sys.stdin:
+        windows = batch()
+        began = time.perf_counter()
+        step(windows)
+        print(time.perf_counter() - began, flush=True)
+
+
+def _prepare(side: str, precision: str, threads: int):
+    """(a function that takes a step, a function that draws a batch)."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -76,13 +121,9 @@ def serve(side: str, precision: str, threads: int) -> None:
     from moe_train.config import load_model
 
     config = load_model(ROOT / "configs/model/bench_60m.yaml")
-    step = {"ours": our_step, "theirs": their_step}[side](config, precision)
     generator = torch.Generator().manual_seed(0)
-    for _ in sys.stdin:
-        windows = torch.randint(0, config.vocab_size, (BATCH, SEQUENCE + 1), generator=generator)
-        began = time.perf_counter()
-        step(windows)
-        print(time.perf_counter() - began, flush=True)
+    step = {"ours": our_step, "theirs": their_step}[side](config, precision)
+    return step, lambda: torch.randint(0, config.vocab_size, (BATCH, SEQUENCE + 1), generator=generator)
 
 
 def our_step(config, precision: str):

@@ -140,7 +140,7 @@ class Optimizer:
             for group in part.optimizer.param_groups:
                 if isinstance(part.optimizer, torch.optim.AdamW):
                     for parameter in group["params"]:
-                        part.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                        part.optimizer.state[parameter]["step"] = torch.full((), float(steps), device=parameter.device)
                 else:
                     group["step"] = steps
 
@@ -158,7 +158,7 @@ class Optimizer:
                         if moment not in state:
                             state[moment] = torch.zeros_like(main)
                     if isinstance(part.optimizer, torch.optim.AdamW) and "step" not in state:
-                        state["step"] = torch.tensor(0.0)
+                        state["step"] = torch.zeros((), device=main.device)
                     held = part._get_model_param_range_map(parameter)["param"]
                     yield ShardState(parameter, held.start, main.detach(), state["exp_avg"], state["exp_avg_sq"])
 
