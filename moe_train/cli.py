@@ -198,6 +198,7 @@ def mix(
 @checkpoint_app.command("list")
 def checkpoint_list(
     run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> Optional[int]:
     """List the checkpoints of a run.
 
@@ -206,21 +207,25 @@ def checkpoint_list(
     """
     from moe_train.checkpoint.inspect import list_checkpoints
 
-    return _status(list_checkpoints(run))
+    return _status(list_checkpoints(run, as_json))
 
 
 @checkpoint_app.command("verify")
-def checkpoint_verify(checkpoint: Checkpoint) -> Optional[int]:
-    """Check every file of a checkpoint by its manifest.
+def checkpoint_verify(
+    checkpoint: Checkpoint,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint of a run's folder.")] = False,
+) -> Optional[int]:
+    """Check every file of a checkpoint by its manifest, and that it holds the whole model.
 
     Ends with status 4 when one is damaged.
 
     \b
     moe-train checkpoint verify runs/demo/checkpoints/iter_0000100
+    moe-train checkpoint verify runs/demo --all
     """
     from moe_train.checkpoint.inspect import verify
 
-    return _status(verify(checkpoint))
+    return _status(verify(checkpoint, every))
 
 
 @checkpoint_app.command("convert")
@@ -233,15 +238,29 @@ def checkpoint_convert(
         Optional[Tuple[str, str]],
         typer.Option("--to-hf", metavar="CHECKPOINT DIR", help="Write a Hugging Face folder."),
     ] = None,
+    weights: Annotated[
+        Optional[Tuple[str, str]],
+        typer.Option("--weights", metavar="CHECKPOINT OUT", help="Keep the weights alone."),
+    ] = None,
+    precision: Annotated[
+        Optional[str], typer.Option("--precision", metavar="fp32|bf16", help="With --weights: in this precision.")
+    ] = None,
 ) -> Optional[int]:
-    """Convert a JetMoE from or to Hugging Face's format, bit for bit.
+    """Convert a JetMoE from or to Hugging Face's format, bit for bit; or keep the weights of a checkpoint alone.
 
     \b
     moe-train checkpoint convert --from-hf jetmoe-8b converted
     moe-train checkpoint convert --to-hf runs/demo exported
+    moe-train checkpoint convert --weights runs/demo weights --precision bf16
     """
-    if (from_hf is None) == (to_hf is None):
-        raise UserError("give either --from-hf DIR OUT or --to-hf CHECKPOINT DIR")
+    if sum(option is not None for option in (from_hf, to_hf, weights)) != 1:
+        raise UserError("give one of --from-hf DIR OUT, --to-hf CHECKPOINT DIR and --weights CHECKPOINT OUT")
+    if precision is not None and (weights is None or precision not in ("fp32", "bf16")):
+        raise UserError(f"--precision {precision}: with --weights, give fp32 or bf16")
+    if weights:
+        from moe_train.checkpoint.weights import extract_weights
+
+        return _status(extract_weights(*weights, precision))
     from moe_train.convert import huggingface
 
     return _status(huggingface.from_hf(*from_hf) if from_hf else huggingface.to_hf(*to_hf))  # type: ignore[misc]

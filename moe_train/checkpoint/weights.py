@@ -1,16 +1,17 @@
 """A model's weights as global tensors, one at a time, without ranks: what converters read and write."""
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, read_run_state, resolve_checkpoint, tokenizer_in
-from moe_train.checkpoint.manifest import describe, flush, write_manifest
+from moe_train.checkpoint.manifest import check_files, describe, flush, read_manifest, write_manifest
 from moe_train.checkpoint.pieces import Piece
 from moe_train.checkpoint.reader import read_metadata, read_pieces
 from moe_train.checkpoint.writer import merge_plans, plan, write_metadata, write_pieces
@@ -18,6 +19,7 @@ from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
 
 PREFIX = "weights."
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of what computes with the weights; fp16 is not one
 
 
@@ -53,11 +55,13 @@ class WeightsReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One whole parameter, in the precision it was stored in."""
-        shape = self.shapes[name]
-        tensor = torch.empty(shape, dtype=self._dtypes[name])
-        piece = Piece(PREFIX + name, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)
+    def read(self, name: str, exact: bool = False) -> torch.Tensor:
+        """One whole parameter, in the precision it was stored in; ``exact``: its fp32 main parameter where there is one."""
+        shape, key = self.shapes[name], PREFIX + name
+        if exact and f"main.{name}" in self._metadata.state_dict_metadata:
+            key = f"main.{name}"
+        tensor = torch.empty(shape, dtype=self._metadata.state_dict_metadata[key].properties.dtype)
+        piece = Piece(key, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)
         read_pieces(self.path, [piece], self._metadata)
         return tensor
 
@@ -72,18 +76,60 @@ def write_weights(
 ) -> None:
     """Write a checkpoint of weights alone. ``tensors`` come in the order of ``config.parameter_shapes()``, one in memory at a time.
 
-    ``dtype`` is that of all tensors, or of each by its name.
+    ``dtype`` is that of all tensors, or of each by its name. The folder appears under its name once it is complete.
 
     Raises:
-        UserError: ``path`` exists.
+        UserError: ``path`` exists, or cannot be written.
     """
     path = Path(path)
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
         raise UserError(f"{path} exists already: choose another folder")
     writing = path.with_name(path.name + WRITING)
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    stream, shapes = iter(tensors), config.parameter_shapes()
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        _write(writing, config, iter(tensors), dtype, tokenizer, extra_state or {})
+        if path.exists():
+            path.rmdir()
+        writing.rename(path)
+        flush(path.parent)
+    except BaseException as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:  # not what the source of the tensors may raise
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another folder") from None
+        raise
+
+
+def extract_weights(checkpoint: str | Path, out: str | Path, precision: str | None = None) -> int:
+    """``moe-train checkpoint convert --weights``: the weights of a checkpoint alone, in ``precision`` (fp32 or bf16; None: its own).
+
+    In fp32 they are the main parameters of a run in bf16, where the checkpoint has them.
+
+    Raises:
+        UserError: there is no such checkpoint, or ``out`` exists.
+    """
+    reader = WeightsReader(checkpoint)
+    if damage := check_files(reader.path, read_manifest(reader.path)):
+        raise DamagedError(f"{reader.path}: {damage}")
+    own = {name: reader.dtype(name) for name in reader.names}
+    dtypes = own if precision is None else dict.fromkeys(reader.names, {value: key for key, value in _PRECISIONS.items()}[precision])
+    kept = {key: reader.state[key] for key in ("step", "samples", "tokens") if key in reader.state}
+    tensors = ((name, reader.read(name, exact=dtypes[name] == torch.float32)) for name in reader.names)
+    write_weights(out, reader.config, tensors, dtypes, reader.tokenizer, kept)
+    print(f"{out}: {reader.config.num_parameters():,} parameters in {precision or reader.state.get('precision', 'their own precision')}")
+    return 0
+
+
+def _write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    tokenizer: Path | None,
+    extra_state: dict[str, Any],
+) -> None:
+    """Write all files of the checkpoint into ``folder``."""
+    shapes = config.parameter_shapes()
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     pieces = [
         Piece(
@@ -92,12 +138,12 @@ def write_weights(
             (0,) * len(shape),
             shape,
             dtypes[name],
-            lambda name=name, shape=shape: _next(stream, name, shape, dtypes[name]),
+            lambda name=name, shape=shape: _next(tensors, name, shape, dtypes[name]),
         )
         for name, shape in shapes.items()
     ]
-    written = write_pieces(writing, 0, pieces)
-    entries = written.entries | write_metadata(writing, merge_plans([plan(pieces)]), [written])
+    written = write_pieces(folder, 0, pieces)
+    entries = written.entries | write_metadata(folder, merge_plans([plan(pieces)]), [written])
     state = {
         "format_version": FORMAT_VERSION,
         "step": 0,
@@ -105,17 +151,13 @@ def write_weights(
         "tokens": 0,
         "precision": _PRECISIONS.get(dtypes["embedding.weight"], "fp32"),
         "model": config.model_dump(mode="json"),
-        **(extra_state or {}),
+        **extra_state,
     }
-    (writing / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, writing / tokenizer.name)
-    entries |= describe(writing, [file.name for file in writing.iterdir() if file.name not in entries])
-    write_manifest(writing, entries)
-    if path.exists():
-        path.rmdir()
-    writing.rename(path)
-    flush(path.parent)
+        shutil.copyfile(tokenizer, folder / tokenizer.name)
+    entries |= describe(folder, [file.name for file in folder.iterdir() if file.name not in entries])
+    write_manifest(folder, entries)
 
 
 def _next(stream, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

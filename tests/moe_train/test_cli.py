@@ -66,8 +66,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "training.sed=2"], "training.sed: unknown key; did you mean 'seed'?"),
         (["pretrain", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["score", "x", "--out", "y"], "Missing option '--ids'"),
-        (["checkpoint", "convert"], "give either --from-hf DIR OUT or --to-hf CHECKPOINT DIR"),
-        (["checkpoint", "convert", "--from-hf", "a", "b", "--to-hf", "c", "d"], "give either"),
+        (["checkpoint", "convert"], "give one of --from-hf DIR OUT, --to-hf CHECKPOINT DIR"),
+        (["checkpoint", "convert", "--from-hf", "a", "b", "--to-hf", "c", "d"], "give one of"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
