@@ -48,12 +48,20 @@ REASONS = {
 
 
 def train_rank(config: dict[str, Any], resume: str) -> int:
-    """One rank of a run."""
+    """One rank of a run. Rank 0 leaves outcome.json, also for a start that failed before there was anything to record."""
+    since, run = now(), RunConfig.model_validate(config)
+    environment = rank_environment()
+    try:
+        return _start_and_train(run, environment.world_size if environment else 1, resume)
+    except BaseException as error:
+        if environment is None or environment.rank == 0:
+            RunFolder(run.output_dir).settle(getattr(error, "exit_code", 1), str(error) or type(error).__name__, since)
+        raise
+
+
+def _start_and_train(run: RunConfig, world_size: int, resume: str) -> int:
     from parallel import engine  # the first import of megatron-core: it takes seconds
 
-    run = RunConfig.model_validate(config)
-    environment = rank_environment()
-    world_size = environment.world_size if environment else 1
     changes = check_run(run, world_size, resume)
     topology = engine.start(
         run.layout(world_size),

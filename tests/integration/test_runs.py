@@ -189,3 +189,24 @@ def test_another_model_in_the_same_folder_is_refused_with_both_values(cut):
     assert status == 2 and "model.hidden_size 16 -> 32" in said and len(said.strip().splitlines()) == 1
     status, said = run(cut, "--resume", "never")
     assert status == 2 and "holds a run" in said
+
+
+def test_a_refused_start_under_torchrun_leaves_an_outcome(tmp_path):
+    import subprocess
+    import sys
+
+    from tests.integration.runs import ROOT
+
+    write_corpora(tmp_path)
+    (tmp_path / "code.bin").unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "moe_train"]
+    done = subprocess.run(
+        [*command, "pretrain", str(tmp_path / "run.yaml"), "parallel.expert=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1  # torchrun's own: which is why launchers believe outcome.json
+    assert outcome(tmp_path / "run")["code"] == 2 and "code.bin" in outcome(tmp_path / "run")["reason"]
