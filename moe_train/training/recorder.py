@@ -8,6 +8,7 @@ import torch
 
 from moe_train.resume_rules import Change
 from moe_train.training.console import Console
+from moe_train.training.fence import Fence
 from moe_train.training.throughput import Throughput
 from moe_train.training.tracking import Trackers
 from moe_train.training.trainer import Trainer
@@ -20,12 +21,13 @@ class Recorder:
     Args:
         trainer: the run, brought to where it goes on.
         changes: what differs from the config of the last start and is to be recorded.
+        fence: this start's right to write the folder; known to rank 0.
     """
 
-    def __init__(self, trainer: Trainer, changes: list[Change]):
+    def __init__(self, trainer: Trainer, changes: list[Change], fence: Fence | None = None):
         self.trainer, self.folder = trainer, trainer.folder
         config, topology = trainer.config, trainer.topology
-        self.active = topology.rank == 0
+        self.active, self._fence = topology.rank == 0, fence
         cuda = topology.device.type == "cuda"
         self._throughput = Throughput(
             config.model.flops_per_token(trainer.sequence_length),
@@ -54,9 +56,15 @@ class Recorder:
         return self._throughput.measure(tokens, seconds)
 
     def step(self, line: dict[str, Any], loads: dict[str, dict[str, float]]) -> None:
-        """Record a finished step."""
+        """Record a finished step.
+
+        Raises:
+            FencedError: another start has taken the folder.
+        """
         if not self.active:
             return
+        if self._fence is not None:
+            self._fence.check()
         self._metrics.append(line)
         due = "routers" in line
         self.console.step(line, due)
@@ -103,10 +111,16 @@ class Recorder:
         if not self.active:
             return
         self.console.summary(reason, {"metrics": self.folder.metrics_path, "checkpoints": self.folder.checkpoints})
+        self.close(code)
+        self.folder.finish(code, reason, self.trainer.position.step)
+
+    def close(self, code: int) -> None:
+        """Close everything and write nothing to the folder: it may be another start's by now."""
+        if not self.active:
+            return
         self._metrics.close()
         self._trackers.close(code)
         self.console.close()
-        self.folder.finish(code, reason, self.trainer.position.step)
 
     def _announce(self, start: int, changes: list[Change]) -> None:
         trainer, say = self.trainer, self.console.say
@@ -116,6 +130,10 @@ class Recorder:
         if trainer.resumed_from is not None:
             say(f"resumed from {trainer.resumed_from} at step {position.step}, {trainer.tokens:,} of {self.total_tokens:,} tokens")
             self.folder.event("resume", position.step, checkpoint=str(trainer.resumed_from))
+        previous = self._fence.previous if self._fence else None
+        if previous and previous.may_be_alive():
+            say(f"taking over from {previous.describe()}, which may still run and will end")
+            self.folder.event("takeover", position.step, previous=previous.describe())
         for change in changes:
             say(f"changed since the last start: {change}")
             self.folder.event("change", position.step, key=change.key, old=change.old, new=change.new)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_train.config import RunConfig
 from moe_train.errors import StoppedError
+from moe_train.training.fence import Fence, FencedError, taken_over
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
 from parallel.spawn import rank_environment, rank_log_path, run_rank, run_ranks
@@ -33,7 +34,8 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
         return 0
     folder, since = RunFolder(config.output_dir), now()
     code = run_ranks(nproc, TARGET, _payload(config, resume), folder.logs)
-    folder.settle(code, REASONS.get(code, "a rank failed"), since)
+    if not taken_over(folder.path, since):
+        folder.settle(code, REASONS.get(code, "a rank failed"), since)
     return code
 
 
@@ -54,7 +56,7 @@ def train_rank(config: dict[str, Any], resume: str) -> int:
     try:
         return _start_and_train(run, environment.world_size if environment else 1, resume)
     except BaseException as error:
-        if environment is None or environment.rank == 0:
+        if (environment is None or environment.rank == 0) and not isinstance(error, FencedError):
             RunFolder(run.output_dir).settle(getattr(error, "exit_code", 1), str(error) or type(error).__name__, since)
         raise
 
@@ -84,8 +86,9 @@ def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
     from moe_train.training.watchdog import Watchdog
 
     first = topology.rank == 0
+    fence = Fence.take(Path(run.output_dir)) if first else None
     trainer = Trainer(run, topology, resume)
-    recorder = Recorder(trainer, changes)
+    recorder = Recorder(trainer, changes, fence)
     stop_file = trainer.folder.stop_path if first else None
     watchdog = Watchdog(run.faults.step_timeout, rank_log_path(trainer.folder.logs, topology.rank))
     tokenizer = Path(run.mixture.tokenizer) if run.mixture.tokenizer else None
@@ -98,17 +101,23 @@ def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
         tokenizer,
         warn=recorder.warn,
         saved=recorder.saved,
+        may_commit=fence.check if fence else lambda: None,
     )
     try:
         with StopRequest(stop_file, run.training.max_wall_time) as stop:
             reason = train(trainer, recorder, checkpointer, stop, watchdog)
     except BaseException as error:
         checkpointer.close()
-        recorder.finish(getattr(error, "exit_code", 1), str(error) or type(error).__name__)
+        if isinstance(error, FencedError):
+            recorder.close(error.exit_code)
+        else:
+            recorder.finish(getattr(error, "exit_code", 1), str(error) or type(error).__name__)
         raise
     finally:
         trainer.close()
     recorder.finish(StoppedError.exit_code if reason else 0, reason or "complete")
+    if fence:
+        fence.release()
     return StoppedError.exit_code if reason else 0
 
 
