@@ -16,6 +16,7 @@ import typer
 
 from moe_train import __version__
 from moe_train.errors import UserError
+from moe_train.plan.commands import app as plan_app
 
 OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
 
@@ -43,6 +44,7 @@ tokenizer_app = _app("Make a tokenizer.")
 checkpoint_app = _app("List, verify and convert checkpoints.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(plan_app, name="plan")
 
 Nproc = Annotated[
     Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")

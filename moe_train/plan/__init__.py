@@ -1,0 +1,1 @@
+"""Plan a run before paying for it: compute-optimal size, memory, layout, cost. Needs neither torch nor megatron-core."""
