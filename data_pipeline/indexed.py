@@ -115,9 +115,8 @@ class IndexedReader:
         if self._tokens is None:
             if not self.num_tokens:
                 return np.empty(0, self.dtype)
-            self._tokens = np.memmap(
-                self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,)
-            )
+            mapped = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+            self._tokens = mapped.view(np.ndarray)  # slices of a memmap cost several times as much
         return self._tokens[start : start + count]
 
     @property

@@ -11,17 +11,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Union
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.stream import SampleStream
+from data_pipeline.stream import Plan, SampleStream
 
 BatchSize = Union[int, Callable[[int], int]]
 """The global batch size in sequences: constant, or as a function of the samples seen before the step."""
 
 _END = object()
+_PLANNED = 512  # samples that are located at once
 
 
 class Loader:
@@ -89,12 +91,20 @@ class Loader:
 
     def _read(self) -> None:
         try:
-            for samples in rank_samples(self):
-                if not self._put(self.stream.samples(samples)):
+            for plan in self._plans():
+                if not self._put(self.stream.read(plan)):
                     return
             self._put(_END)
         except BaseException as error:  # whatever it is, the consumer must not wait for ever
             self._put(error)
+
+    def _plans(self) -> Iterator[Plan]:
+        """The plan of each micro-batch. Those of many are made together: it costs little more than one."""
+        waiting = rank_samples(self)
+        while some := list(islice(waiting, max(1, _PLANNED // self.micro_batch_size))):
+            plan = self.stream.plan(np.concatenate(some))
+            for first in range(0, len(plan.starts), self.micro_batch_size):
+                yield plan.part(first, first + self.micro_batch_size)
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():

@@ -8,9 +8,11 @@ is `data_pipeline.order`; which sample gets which is the ledger's.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,8 @@ class Source:
         )
         self.sequence_length = sequence_length
         self.key = order.source_key(seed, name)
-        self._ends = np.cumsum([shard.num_tokens for shard in self.shards], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1])
+        self._ends = list(accumulate(shard.num_tokens for shard in self.shards))
+        self.num_tokens = self._ends[-1]
         self.num_windows = num_windows(self.num_tokens, sequence_length)
         if not self.num_windows:
             raise DataError(
@@ -81,17 +83,34 @@ class Source:
 
     def read_window(self, start: int) -> np.ndarray:
         """int64[S + 1]: the window at token `start` of the circle, checked against the vocabulary."""
-        tokens = self.read(start, self.sequence_length + 1)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            bad = np.flatnonzero((tokens < 0) | (tokens >= (self.vocab_size or np.iinfo(np.int64).max)))[0]
-            shard, offset = self._place((start + int(bad)) % self.num_tokens)
-            raise DataError(
-                f"source {self.name!r}: {shard.prefix}.bin, document {shard.document_at(offset)}, "
-                f"holds token id {tokens[bad]} but "
-                f"the vocabulary has {self.vocab_size} ids; prepare it with the tokenizer of this mixture"
-            )
-        return tokens
+        out = np.empty(self.sequence_length + 1, np.int64)
+        self.read_window_into(start, out)
+        return out
+
+    def read_window_into(self, start: int, out: np.ndarray) -> None:
+        """`read_window` into `out`, int64[S + 1]."""
+        filled, token = 0, start
+        while filled < len(out):
+            shard, offset = self._place(token)
+            piece = shard.tokens(offset, min(len(out) - filled, shard.num_tokens - offset))
+            self._check(shard, offset, piece)
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            token = (token + len(piece)) % self.num_tokens
+
+    def _check(self, shard: IndexedReader, offset: int, piece: np.ndarray) -> None:
+        """Refuse ids outside the vocabulary, in the dtype of the file: that is cheaper than in int64."""
+        unsigned = piece.dtype.kind == "u"
+        if self.vocab_size is None or int(piece.max()) < self.vocab_size:
+            if unsigned or int(piece.min()) >= 0:
+                return
+        wide = piece.astype(np.int64)
+        bad = np.flatnonzero((wide < 0) | (wide >= (self.vocab_size or np.iinfo(np.int64).max)))[0]
+        raise DataError(
+            f"source {self.name!r}: {shard.prefix}.bin, document {shard.document_at(offset + int(bad))}, "
+            f"holds token id {wide[bad]} but "
+            f"the vocabulary has {self.vocab_size} ids; prepare it with the tokenizer of this mixture"
+        )
 
     def read(self, start: int, count: int) -> np.ndarray:
         """int64[count]: tokens [start, start + count) of the circle, over ends of shards and source."""
@@ -99,18 +118,14 @@ class Source:
         while count:
             shard, offset = self._place(start)
             piece = shard.tokens(offset, min(count, shard.num_tokens - offset))
-            pieces.append(piece)
+            pieces.append(piece.astype(np.int64))
             count -= len(piece)
             start = (start + len(piece)) % self.num_tokens
-        return (
-            np.concatenate(pieces, dtype=np.int64, casting="unsafe")
-            if len(pieces) != 1
-            else pieces[0].astype(np.int64)
-        )
+        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
 
     def _place(self, token: int) -> tuple[IndexedReader, int]:
-        number = int(np.searchsorted(self._ends, token, side="right"))
-        return self.shards[number], token - int(self._ends[number] - self.shards[number].num_tokens)
+        number = bisect.bisect_right(self._ends, token)
+        return self.shards[number], token - (self._ends[number] - self.shards[number].num_tokens)
 
 
 def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[str, Source]:

@@ -22,6 +22,18 @@ class Location(NamedTuple):
     window: int
 
 
+class Plan(NamedTuple):
+    """Where several samples lie: the source of each, as an index into ``Ledger.names``, and its first token, to
+    be taken modulo the source's length."""
+
+    sources: list[int]
+    starts: list[int]
+
+    def part(self, first: int, last: int) -> Plan:
+        """The samples [first, last) of it."""
+        return Plan(self.sources[first:last], self.starts[first:last])
+
+
 class SampleStream:
     """The samples of a run.
 
@@ -77,13 +89,21 @@ class SampleStream:
         Raises DataError when a source is not opened (removed from the mixture: its past samples need it) or
         holds a bad token id.
         """
+        return self.read(self.plan(n))
+
+    def plan(self, n: Sequence[int] | np.ndarray) -> Plan:
+        """Where the samples `n` lie. Cheapest for many at once; nothing is read."""
         place = self.ledger.locate(np.asarray(n))
         keys = self.ledger.source_keys[place.source]
         starts = order.shifts(keys, place.epoch, self.sequence_length) + place.window * self.sequence_length
-        out = np.empty((len(starts), self.sequence_length + 1), np.int64)
-        for row, (source, start) in enumerate(zip(place.source.tolist(), starts.tolist(), strict=True)):
+        return Plan(place.source.tolist(), starts.tolist())
+
+    def read(self, plan: Plan) -> np.ndarray:
+        """int64[len(plan.starts), S + 1]: the samples of a plan, in its order; raises as `samples` does."""
+        out = np.empty((len(plan.starts), self.sequence_length + 1), np.int64)
+        for row, source, start in zip(out, plan.sources, plan.starts, strict=True):
             opened = self._opened(self.ledger.names[source])
-            out[row] = opened.read_window(start % opened.num_tokens)
+            opened.read_window_into(start % opened.num_tokens, row)
         return out
 
     def _opened(self, name: str) -> Source:
