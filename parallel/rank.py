@@ -129,6 +129,16 @@ def is_lost_connection(error: BaseException) -> bool:
     return False
 
 
+def exit_status(error: BaseException) -> int:
+    """The status that :func:`run_rank` ends with for an exception of its target."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_STOPPED
+    return EXIT_LOST_RANK if is_lost_connection(error) else EXIT_BUG
+
+
 def main() -> NoReturn:
     """Entry of a spawned rank: `argv` is the parent's pid and a JSON payload {target, args, log_dir}."""
     _die_with_parent(int(sys.argv[1]))
@@ -188,25 +198,25 @@ def _fail(error: BaseException, log_dir: Path | str | None) -> NoReturn:
     full = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     trace = None
     secondary = is_lost_connection(error)
-    code = getattr(error, "exit_code", None)
+    code = exit_status(error)
     if isinstance(error, SystemExit):
-        code, message = EXIT_BUG, str(error.code)
+        message = str(error.code)
     elif isinstance(error, KeyboardInterrupt):
-        code, message = EXIT_STOPPED, "interrupted"
-    elif code is not None:
+        message = "interrupted"
+    elif hasattr(error, "exit_code"):
         message = " ".join(str(error).split("\n"))
     elif secondary:
-        code, message = EXIT_LOST_RANK, "lost the connection to another rank: " + _one_line(error)
+        message = "lost the connection to another rank: " + _one_line(error)
     else:
-        code, message, trace = EXIT_BUG, _one_line(error), full
+        message, trace = _one_line(error), full
     _write_to_log(log_dir, full)
-    report_failure(int(code), message, secondary=secondary, trace=trace)
+    report_failure(code, message, secondary=secondary, trace=trace)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             pass
-    os._exit(int(code))
+    os._exit(code)
 
 
 def _one_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from parallel.rank import (
 )
 from parallel.rank_env import RankEnv, rank_environment
 
-__all__ = ["RankEnv", "SpawnResult", "rank_environment", "rank_log_path", "run_rank", "run_ranks", "spawn_ranks"]
+__all__ = ["RankEnv", "SpawnResult", "rank_environment", "rank_log_path", "run_rank", "run_ranks", "spawn_ranks", "tell"]
 
 SETTLE_SECONDS = 1.0
 """After the first failure the others may fail by themselves, so that the cause is known, not only its echo."""
@@ -75,6 +75,12 @@ class _Failure:
 def run_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str | None = None) -> int:
     """Run `target` on `nproc` ranks, print the first failure on stderr, and return the status (see `spawn_ranks`)."""
     result = spawn_ranks(nproc, target, args, log_dir)
+    tell(result, log_dir)
+    return result.code
+
+
+def tell(result: SpawnResult, log_dir: Path | str | None = None) -> None:
+    """Print the first failure of a group of ranks, if there was one, on stderr."""
     if result.traceback:
         print(result.traceback, end="", file=sys.stderr)
     if result.message:
@@ -82,7 +88,6 @@ def run_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str | 
         if result.code != 2 and result.rank is not None and log_dir is not None:
             print(f"the log of rank {result.rank}: {rank_log_path(log_dir, result.rank)}", file=sys.stderr)
     sys.stderr.flush()
-    return result.code
 
 
 def spawn_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str | None = None) -> SpawnResult:

@@ -76,7 +76,7 @@ class Fence:
         folder.mkdir(parents=True, exist_ok=True)
         job, restart = environment.get("SLURM_JOB_ID"), int(environment.get("SLURM_RESTART_COUNT") or 0)
         with _locked(folder / LOCK):
-            previous = _read(folder)
+            previous = owner_of(folder)
             if previous and job and previous.job == job and previous.restart > restart:
                 raise FencedError(f"{folder} belongs to {previous.describe()}, which came after this one (restart {restart})")
             number = previous.number + 1 if previous else 1
@@ -86,23 +86,24 @@ class Fence:
 
     def check(self) -> None:
         """Raise FencedError unless this process still has the folder."""
-        owner = _read(self.folder)
+        owner = owner_of(self.folder)
         if owner is not None and owner != self.owner:
             raise FencedError(f"{self.folder} was taken over by {owner.describe()}: this one ({self.owner.number}) ends and writes no more")
 
     def release(self) -> None:
         """Note that this start has ended, if the folder is still its own."""
-        if _read(self.folder) == self.owner:
+        if owner_of(self.folder) == self.owner:
             _write(self.folder, replace(self.owner, ended=now()))
 
 
 def taken_over(folder: Path, since: str) -> bool:
     """For the process above the ranks: whether somebody else's rank has taken the folder ``since`` its own were started."""
-    owner = _read(folder)
+    owner = owner_of(folder)
     return owner is not None and owner.started >= since and (owner.host, owner.parent) != (socket.gethostname(), os.getpid())
 
 
-def _read(folder: Path) -> Owner | None:
+def owner_of(folder: Path) -> Owner | None:
+    """Who has the folder, None where nobody ever took it."""
     try:
         return Owner(**json.loads((folder / OWNER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

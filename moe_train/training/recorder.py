@@ -108,16 +108,15 @@ class Recorder:
 
     def finish(self, code: int, reason: str) -> None:
         """Close everything and leave outcome.json."""
+        self.close(code, reason)
+        if self.active:
+            self.folder.finish(code, reason, self.trainer.position.step)
+
+    def close(self, code: int, reason: str) -> None:
+        """Say why it ends and close everything; no outcome is written: the folder may be another start's by now."""
         if not self.active:
             return
         self.console.summary(reason, {"metrics": self.folder.metrics_path, "checkpoints": self.folder.checkpoints})
-        self.close(code)
-        self.folder.finish(code, reason, self.trainer.position.step)
-
-    def close(self, code: int) -> None:
-        """Close everything and write nothing to the folder: it may be another start's by now."""
-        if not self.active:
-            return
         self._metrics.close()
         self._trackers.close(code)
         self.console.close()

@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig
 from moe_train.errors import StoppedError
-from moe_train.training.fence import Fence, FencedError, taken_over
+from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
-from parallel.spawn import rank_environment, rank_log_path, run_rank, run_ranks
+from parallel.rank import exit_status, is_lost_connection
+from parallel.spawn import rank_environment, rank_log_path, run_rank, spawn_ranks, tell
 
 TARGET = "moe_train.training.run:train_rank"
 
@@ -27,16 +29,21 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
         ranks.export()
         return run_rank(TARGET, _payload(config, resume), RunFolder(config.output_dir).logs)
     nproc = nproc or _local_gpus() or 1
-    check_run(config, nproc, resume)
-    done = completion(config) if resume == "auto" else None
+    folder, since = RunFolder(config.output_dir), now()
+    try:
+        check_run(config, nproc, resume)
+        done = completion(config) if resume == "auto" else None
+    except Exception as error:
+        leave_outcome(folder, error, since)
+        raise
     if done:
         print(done)
         return 0
-    folder, since = RunFolder(config.output_dir), now()
-    code = run_ranks(nproc, TARGET, _payload(config, resume), folder.logs)
+    result = spawn_ranks(nproc, TARGET, _payload(config, resume), folder.logs)
+    tell(result, folder.logs)
     if not taken_over(folder.path, since):
-        folder.settle(code, REASONS.get(code, "a rank failed"), since)
-    return code
+        folder.settle(result.code, result.message or REASONS.get(result.code, "a rank failed"), since)
+    return result.code
 
 
 REASONS = {
@@ -50,18 +57,32 @@ REASONS = {
 
 
 def train_rank(config: dict[str, Any], resume: str) -> int:
-    """One rank of a run. Rank 0 leaves outcome.json, also for a start that failed before there was anything to record."""
-    since, run = now(), RunConfig.model_validate(config)
+    """One rank of a run."""
+    began, since, run = time.monotonic(), now(), RunConfig.model_validate(config)
     environment = rank_environment()
     try:
-        return _start_and_train(run, environment.world_size if environment else 1, resume)
+        return _start_and_train(run, environment.world_size if environment else 1, resume, began, since)
     except BaseException as error:
-        if (environment is None or environment.rank == 0) and not isinstance(error, FencedError):
-            RunFolder(run.output_dir).settle(getattr(error, "exit_code", 1), str(error) or type(error).__name__, since)
+        leave_outcome(RunFolder(run.output_dir), error, since, environment.rank if environment else 0)
         raise
 
 
-def _start_and_train(run: RunConfig, world_size: int, resume: str) -> int:
+def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int = 0) -> None:
+    """Have outcome.json say how a start failed, whoever started the ranks: the rank that knows the cause writes it.
+
+    A rank that only lost its connection to another one does not overwrite what that one wrote, nor does one that has lost
+    the folder to another start.
+
+    Args:
+        since: `now()` from the beginning of this process: an outcome older than that is of an earlier start.
+    """
+    if isinstance(error, FencedError) or (is_lost_connection(error) and (rank > 0 or folder.ended_since(since))):
+        return
+    text = str(error) or type(error).__name__
+    folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
+
+
+def _start_and_train(run: RunConfig, world_size: int, resume: str, began: float, since: str) -> int:
     from parallel import engine  # the first import of megatron-core: it takes seconds
 
     changes = check_run(run, world_size, resume)
@@ -71,29 +92,42 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str) -> int:
         deterministic=run.training.deterministic,
         timeout=timedelta(seconds=4 * run.faults.step_timeout),
     )
-    try:
-        return _train(run, topology, resume, changes)
-    finally:
-        engine.stop()
+    status = _train(run, topology, resume, changes, began, since)
+    # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any more.
+    engine.stop()
+    return status
 
 
-def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
+def _train(run: RunConfig, topology, resume: str, changes: list, began: float, since: str) -> int:
     from moe_train.checkpoint.save import Checkpointer
     from moe_train.training.loop import train
     from moe_train.training.recorder import Recorder
     from moe_train.training.signals import StopRequest
     from moe_train.training.trainer import Trainer
-    from moe_train.training.watchdog import Watchdog
+    from moe_train.training.watchdog import EXIT_HANG, Watchdog
 
     first = topology.rank == 0
     fence = Fence.take(Path(run.output_dir)) if first else None
     trainer = Trainer(run, topology, resume)
     recorder = Recorder(trainer, changes, fence)
-    stop_file = trainer.folder.stop_path if first else None
-    watchdog = Watchdog(run.faults.step_timeout, rank_log_path(trainer.folder.logs, topology.rank))
+    folder = trainer.folder
+
+    def settle(code: int, reason: str) -> None:
+        """For an end at once: unless another start has the folder by now."""
+        if owner_of(folder.path) == owner:
+            folder.settle(code, reason, since)
+
+    log = rank_log_path(folder.logs, topology.rank)
+    watchdog = Watchdog(run.faults.step_timeout, log, before_exit=lambda reason: settle(EXIT_HANG, reason))
+    stop = StopRequest(
+        folder.stop_path if first else None,
+        run.training.max_wall_time,
+        began,
+        before_exit=lambda reason: settle(StoppedError.exit_code, reason) if first else None,
+    )
     tokenizer = Path(run.mixture.tokenizer) if run.mixture.tokenizer else None
     checkpointer = Checkpointer(
-        trainer.folder.checkpoints,
+        folder.checkpoints,
         run.checkpoint,
         trainer.model,
         trainer.optimizer,
@@ -103,15 +137,13 @@ def _train(run: RunConfig, topology, resume: str, changes: list) -> int:
         saved=recorder.saved,
         may_commit=fence.check if fence else lambda: None,
     )
+    owner = owner_of(folder.path)  # rank 0 took it before it built the checkpointer, which the ranks do together
     try:
-        with StopRequest(stop_file, run.training.max_wall_time) as stop:
+        with stop:
             reason = train(trainer, recorder, checkpointer, stop, watchdog)
     except BaseException as error:
         checkpointer.close()
-        if isinstance(error, FencedError):
-            recorder.close(error.exit_code)
-        else:
-            recorder.finish(getattr(error, "exit_code", 1), str(error) or type(error).__name__)
+        recorder.close(exit_status(error), str(error) or type(error).__name__)
         raise
     finally:
         trainer.close()

@@ -103,6 +103,11 @@ class RunFolder:
         self._write_outcome(code, reason, step, outcome["started"], now())
         self.event("end", step, code=code, reason=reason)
 
+    def ended_since(self, since: str) -> bool:
+        """Whether a start that began at ``since`` or later has left its outcome."""
+        outcome = self.read_outcome()
+        return bool(outcome.get("ended")) and outcome["started"] >= since
+
     def read_outcome(self) -> dict[str, Any]:
         """{code, reason, step, started, ended}, code and ended null while the run is on; empty before the first start."""
         try:

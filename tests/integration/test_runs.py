@@ -15,7 +15,7 @@ from tests.integration.runs import arithmetic, metrics, outcome, run, start, wri
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> Path:
-    """The folder of an undisturbed run of 12 steps with checkpoints at 4, 8 and 12."""
+    """The folder of an undisturbed run of 40 steps with a checkpoint every 8."""
     folder = tmp_path_factory.mktemp("complete")
     write_corpora(folder)
     status, said = run(folder)
@@ -30,7 +30,8 @@ def cut(complete, tmp_path) -> Path:
     place = yaml.safe_load((tmp_path / "run.yaml").read_text())
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**place, "output_dir": str(tmp_path / "run")}))
     checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.rmtree(checkpoints / "iter_0000012")
+    for later in sorted(checkpoints.glob("iter_*"))[1:]:
+        shutil.rmtree(later)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("8\n")
     for name in ("config.yaml", "config.1.yaml"):
         path = tmp_path / "run" / name
@@ -41,18 +42,18 @@ def cut(complete, tmp_path) -> Path:
 def test_a_run_leaves_what_it_promises(complete):
     folder = complete / "run"
     lines = metrics(folder)
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert [line["tokens"] for line in lines] == [64 * step for step in range(1, 13)]
-    assert [line["phase"] for line in lines] == ["stable"] * 6 + ["decay"] * 6
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["tokens"] for line in lines] == [64 * step for step in range(1, 41)]
+    assert [line["phase"] for line in lines] == ["stable"] * 20 + ["decay"] * 20
     wanted = {"loss", "load_balancing_loss", "z_loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
     assert all({*wanted, "tflops_per_gpu", "mfu"} <= set(line) for line in lines)
-    assert [line["step"] for line in lines if "validation/web" in line] == [4, 8, 12]
+    assert [line["step"] for line in lines if "validation/web" in line] == [8, 16, 24, 32, 40]
     assert set(lines[1]["routers"]) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")}
-    assert outcome(folder)["code"] == 0 and outcome(folder)["step"] == 12
+    assert outcome(folder)["code"] == 0 and outcome(folder)["step"] == 40
     for name in ("config.yaml", "config.1.yaml", "events.jsonl", "ledger.json", "logs/rank_00000.log", "logs/rank_00001.log"):
         assert (folder / name).exists(), name
-    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "12\n"
-    checkpoint = folder / "checkpoints/iter_0000012"
+    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40\n"
+    checkpoint = folder / "checkpoints/iter_0000040"
     for name in (".metadata", "run_state.json", "manifest.json", "manifest.json.xxh3"):
         assert (checkpoint / name).exists(), name
 
@@ -85,12 +86,15 @@ def test_a_longer_mixture_is_taken_up_and_recorded(cut):
     (cut / "mixture.yaml").write_text(yaml.safe_dump(mixture, sort_keys=False))
     status, said = run(cut)
     assert status == 0, said
-    assert len(metrics(cut / "run")) == 14
+    assert len(metrics(cut / "run")) == 42
     assert "the mixture was edited" in said and '"kind": "mixture"' in (cut / "run/events.jsonl").read_text()
 
 
 def test_a_stop_file_saves_and_ends_with_3(tmp_path):
     write_corpora(tmp_path)
+    mixture = yaml.safe_load((tmp_path / "mixture.yaml").read_text())
+    mixture["phases"] = [{"name": "long", "tokens": "1M", "weights": {"web": 1}}]
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
     process = start(tmp_path, "checkpoint.interval=1000", "data.validation=null")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -124,7 +128,7 @@ def test_a_killed_rank_ends_the_run_with_5_and_it_resumes(complete, cut):
 
 def test_weights_alone_start_a_new_run(complete, tmp_path):
     write_corpora(tmp_path)
-    source = complete / "run/checkpoints/iter_0000012"
+    source = complete / "run/checkpoints/iter_0000040"
     status, said = run(
         tmp_path, f"checkpoint.initialize_from={source}", "training.max_steps=1", "data.validation=null", nproc=2
     )
@@ -168,7 +172,9 @@ def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):
     assert len(said.strip().splitlines()) == 1 and said.startswith("error: "), said
     for word in words:
         assert word in said
-    assert not (tmp_path / "run").exists()
+    if (tmp_path / "run").exists():  # it does from where the run file could be read
+        assert outcome(tmp_path / "run")["code"] == 2 and said == f"error: {outcome(tmp_path / 'run')['reason']}\n"
+    assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/config.yaml").exists()
 
 
 def test_a_token_id_over_the_vocabulary_names_its_corpus(tmp_path):
@@ -184,8 +190,17 @@ def test_a_missing_corpus_names_source_and_path(tmp_path):
     assert status == 2 and "code" in said and str(tmp_path / "code.bin") in said and len(said.strip().splitlines()) == 1
 
 
+def test_a_time_limit_counts_from_the_start_of_the_process(tmp_path):
+    write_corpora(tmp_path)
+    status, said = run(tmp_path, "training.max_wall_time=1s", "parallel.expert=1", nproc=1)  # less than the imports take
+    assert status == 3, said
+    assert outcome(tmp_path / "run")["step"] == 1 and "max_wall_time 1s" in outcome(tmp_path / "run")["reason"]
+
+
 def test_another_model_in_the_same_folder_is_refused_with_both_values(cut):
+    assert outcome(cut / "run")["code"] == 0
     status, said = run(cut, "model.hidden_size=32")
+    assert outcome(cut / "run")["code"] == 2 and "16 -> 32" in outcome(cut / "run")["reason"]  # not the last start's success
     assert status == 2 and "model.hidden_size 16 -> 32" in said and len(said.strip().splitlines()) == 1
     status, said = run(cut, "--resume", "never")
     assert status == 2 and "holds a run" in said

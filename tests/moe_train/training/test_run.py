@@ -1,0 +1,61 @@
+"""How a start that failed is told, whoever started the ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from moe_train.errors import UserError
+from moe_train.training import run
+from moe_train.training.run_folder import RunFolder, now
+
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+
+
+def test_a_lost_connection_is_no_bug(tmp_path):
+    folder, since = RunFolder(tmp_path), now()
+    folder.start("")
+    run.leave_outcome(folder, LOST, since)
+    assert folder.read_outcome()["code"] == 5
+
+
+def test_the_cause_on_another_rank_is_not_overwritten_by_its_echo(tmp_path):
+    folder, since = RunFolder(tmp_path), now()
+    folder.start("")
+    run.leave_outcome(folder, UserError("web.bin holds token id 99"), since, rank=1)
+    run.leave_outcome(folder, LOST, since, rank=0)
+    outcome = folder.read_outcome()
+    assert outcome["code"] == 2 and outcome["reason"] == "rank 1: web.bin holds token id 99"
+
+
+def test_an_echo_on_another_rank_leaves_no_outcome(tmp_path):
+    folder = RunFolder(tmp_path)
+    run.leave_outcome(folder, LOST, now(), rank=1)
+    assert folder.read_outcome() == {}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_groups_are_left_only_after_success(monkeypatch, fails):
+    """After an error other ranks may wait in a collective for ever, and leaving would wait for them."""
+    left = []
+
+    def train(*_):
+        if fails:
+            raise UserError("on this rank alone")
+        return 0
+
+    from parallel import engine
+
+    monkeypatch.setattr(engine, "start", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "stop", lambda: left.append(True))
+    monkeypatch.setattr(run, "check_run", lambda *_: [])
+    monkeypatch.setattr(run, "_train", train)
+    faults, training = SimpleNamespace(step_timeout=1.0), SimpleNamespace(seed=0, deterministic=False)
+    config = SimpleNamespace(layout=lambda world_size: None, faults=faults, training=training)
+    if fails:
+        with pytest.raises(UserError):
+            run._start_and_train(config, 1, "auto", 0.0, now())
+    else:
+        assert run._start_and_train(config, 1, "auto", 0.0, now()) == 0
+    assert left == ([] if fails else [True])
