@@ -13,7 +13,7 @@ import yaml
 from data_pipeline.indexed import IndexedWriter
 
 ROOT = Path(__file__).parents[2]
-VOCABULARY, SEQUENCE = 67, 16
+VOCABULARY, SEQUENCE, STEPS = 67, 16, 40
 
 
 def write_corpora(folder: Path) -> None:
@@ -29,8 +29,8 @@ def write_corpora(folder: Path) -> None:
         "tokenizer": None,
         "sources": {"web": {"paths": ["web.bin"]}, "code": {"paths": ["code.bin"], "max_epochs": 3}},
         "phases": [
-            {"name": "stable", "tokens": 24 * SEQUENCE, "weights": {"web": 3, "code": 1}},
-            {"name": "decay", "tokens": 24 * SEQUENCE, "weights": {"web": 1, "code": 1}},
+            {"name": "stable", "tokens": 2 * STEPS * SEQUENCE, "weights": {"web": 3, "code": 1}},
+            {"name": "decay", "tokens": 2 * STEPS * SEQUENCE, "weights": {"web": 1, "code": 1}},
         ],
     }
     del mixture["tokenizer"]
@@ -46,11 +46,11 @@ def write_corpora(folder: Path) -> None:
     run = {
         "output_dir": str(folder / "run"),
         "model": "model.yaml",
-        "data": {"mixture": "mixture.yaml", "validation": {"interval": "4 steps", "samples": 4}},
+        "data": {"mixture": "mixture.yaml", "validation": {"interval": "8 steps", "samples": 4}},
         "parallel": {"expert": 2},
         "training": {"micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},
-        "checkpoint": {"interval": "4 steps", "keep_last": 9},
-        "schedule": {"warmup": 64, "decay": 256},
+        "checkpoint": {"interval": "8 steps", "keep_last": 9},
+        "schedule": {"warmup": 256, "decay": 1280},
         "logging": {"interval": "2 steps"},
     }
     for name, content in (("mixture", mixture), ("model", model), ("run", run)):
