@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from moe_train.training.watchdog import Watchdog
 from parallel.spawn import spawn_ranks
 
 ROOT = str(Path(__file__).resolve().parents[3])
@@ -79,11 +78,20 @@ def test_the_parent_names_the_hang_and_every_rank_leaves_its_stacks(tmp_path, mo
         assert "in hangs_here" in (tmp_path / f"rank_0000{rank}.log").read_text()
 
 
+PATIENT = """
+import sys, time
+from moe_train.training.watchdog import Watchdog
+dog = Watchdog(1.5, sys.argv[1])
+dog.arm("step 1")
+with dog.allow(30, "save"):
+    time.sleep(2.0)
+dog.disarm()
+time.sleep(2.0)
+"""
+
+
 def test_disarmed_and_allowed_times(tmp_path):
-    dog = Watchdog(0.3, tmp_path / "log")
-    dog.arm("step 1")
-    with dog.allow(30, "save"):
-        time.sleep(0.5)
-    dog.disarm()
-    time.sleep(0.5)
+    # In a process of its own: a watchdog that goes off ends it.
+    done = subprocess.run([sys.executable, "-c", PATIENT, str(tmp_path / "log")], cwd=ROOT, timeout=60)
+    assert done.returncode == 0
     assert (tmp_path / "log").read_text() == ""
