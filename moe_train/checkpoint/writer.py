@@ -56,9 +56,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> Written:
     places = {}
     with _HashingFile(folder / name) as file:
         for piece in pieces:
-            tensor = piece.tensor().detach().cpu()
-            if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
-                tensor = tensor.clone(memory_format=torch.contiguous_format)  # a view would be stored with all it is a view of
+            tensor = _on_its_own(piece.tensor().detach().cpu().contiguous())
             begin = file.tell()
             file.save(tensor)
             places[_index(piece)] = _StorageInfo(name, begin, file.tell() - begin)
@@ -124,6 +122,14 @@ class _HashingFile(io.RawIOBase):
         if not self.closed:
             os.close(self._file)
         super().close()
+
+
+def _on_its_own(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own: torch.save stores a view with all that it is a view of."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes or tensor.numel() == 0:
+        return tensor
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    return torch.frombuffer(flat, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _index(piece: Piece) -> MetadataIndex:
