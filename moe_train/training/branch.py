@@ -5,21 +5,27 @@ many tokens the decay has.
 """
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from moe_train.checkpoint.folder import WRITING, commit
 from moe_train.config import load_run
 from moe_train.errors import UserError
 from moe_train.training.run import pretrain
 from moe_train.training.run_folder import RunFolder
+from moe_train.training.tracking import new_run_id
+from parallel.rank_env import rank_environment
 
 
 def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | None = None) -> int:
     """Start the run of ``new`` from the checkpoint ``RUN_DIR@STEP``; the exit status of the run.
 
-    The metrics of the steps before are copied, so that the new run's curve is whole.
+    The checkpoint is linked (copied, on another file system) into the new run's folder, so that a start of the new run
+    that is interrupted before its first save goes on from there; the metrics of the steps before are copied, so that its
+    curve is whole. Under torchrun or srun rank 0 does so; the others meet it when the ranks join.
 
     Raises:
         UserError: ``source`` names no checkpoint, or the new run's folder holds a run already.
@@ -33,11 +39,30 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
         there = sorted(int(path.name[5:]) for path in origin.checkpoints.glob("iter_" + "[0-9]" * 7))
         raise UserError(f"{source}: {origin.path} has no checkpoint of step {step}; it has {there or 'none'}")
     config = load_run(new, overrides)
-    folder = RunFolder(config.output_dir)
+    ranks = rank_environment()
+    if ranks is None or ranks.rank == 0:
+        _prepare(RunFolder(config.output_dir), origin, checkpoint, step, new)
+    return pretrain(config, nproc, "auto")
+
+
+def _prepare(folder: RunFolder, origin: RunFolder, checkpoint: Path, step: int, new: str) -> None:
+    """Make ``folder`` that of a run that stands at ``checkpoint``."""
     if folder.holds_run:
         raise UserError(f"{folder.path} holds a run already: set another output_dir in {new}, or go on with it by moe-train pretrain")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if origin.metrics_path.exists():
         shutil.copyfile(origin.metrics_path, folder.metrics_path)
-    folder.event("branch", step, origin=str(Path(match[1]).resolve()))
-    return pretrain(config, nproc, str(checkpoint))
+    new_run_id(folder.path)  # not the origin's, which the checkpoint carries
+    folder.event("branch", step, origin=str(origin.path.resolve()))
+    writing = folder.checkpoints / f"{checkpoint.name}{WRITING}.branch"
+    shutil.rmtree(writing, ignore_errors=True)
+    shutil.copytree(checkpoint, writing, copy_function=_link)
+    commit(folder.checkpoints / checkpoint.name, writing)
+
+
+def _link(source: str, target: str) -> None:
+    """No file of a checkpoint is ever changed: a second name for it will do."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -22,6 +22,7 @@ from moe_train.errors import UserError
 from moe_train.training.config import LoggingConfig, WandbConfig
 from moe_train.training.run_folder import write_atomically
 
+IDENTITY = "trackers.json"
 GROUPS = {
     "loss": "train",
     "load_balancing_loss": "router",
@@ -219,11 +220,15 @@ def has_wandb_key() -> bool:
 
 def _run_id(folder: Path, state: Mapping[str, Any] | None) -> str:
     """The id of this run: the folder's own, else the checkpoint's, else the job's (WANDB_RUN_ID), else a new one."""
-    path = folder / "trackers.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["wandb"]["run_id"]
+        return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))["wandb"]["run_id"]
     except (FileNotFoundError, ValueError, KeyError):
-        run_id = (state or {}).get("run_id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        return new_run_id(folder, (state or {}).get("run_id"))
+
+
+def new_run_id(folder: Path, run_id: str | None = None) -> str:
+    """Give the run in ``folder`` the id ``run_id``, else the job's, else one of its own, whatever a checkpoint in it says."""
+    run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"wandb": {"run_id": run_id}}) + "\n")
+    write_atomically(folder / IDENTITY, json.dumps({"wandb": {"run_id": run_id}}) + "\n")
     return run_id
