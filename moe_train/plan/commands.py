@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated, List, Optional
 
 import typer
 
@@ -14,6 +14,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
+Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
+Overrides = Annotated[
+    Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")
+]
+Gpu = Annotated[str, typer.Option(metavar="NAME", help="A preset or file of hardware.")]
+Nodes = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes; else those of the run file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")]
 
 
@@ -21,17 +28,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain 
 def compute_optimal(
     flops: Annotated[Optional[str], typer.Option(metavar="C", help="The budget in operations.")] = None,
     gpu_hours: Annotated[Optional[str], typer.Option(metavar="H", help="The budget in GPU-hours.")] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware.")] = "h100",
-    mfu: Annotated[float, typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached.")] = 0.4,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware.")
+    ] = "h100",
+    mfu: Annotated[
+        float, typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached.")
+    ] = 0.4,
     params: Annotated[Optional[str], typer.Option(metavar="N", help="The optimum of this size.")] = None,
-    tokens: Annotated[Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")] = None,
+    tokens: Annotated[
+        Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")
+    ] = None,
     total_params: Annotated[
         Optional[str], typer.Option(metavar="N", help="Also the best sparsity at this total size.")
     ] = None,
     sparsity: Annotated[
-        Optional[float], typer.Option(metavar="S", help="Also the best size at this share of experts left out.")
+        Optional[float],
+        typer.Option(metavar="S", help="Also the best size at this share of experts left out."),
     ] = None,
-    law: Annotated[Optional[str], typer.Option(metavar="LAW.json", help="Also a law that `plan fit` wrote.")] = None,
+    law: Annotated[
+        Optional[str], typer.Option(metavar="LAW.json", help="Also a law that `plan fit` wrote.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what size and how many tokens a budget is best spent on.
@@ -52,5 +68,94 @@ def compute_optimal(
         total_params=total_params,
         sparsity=sparsity,
         law=law,
+        as_json=as_json,
+    )
+
+
+@app.command(context_settings=OVERRIDES)
+def memory(
+    run: Run,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    nproc: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Ranks, instead of nodes.")] = None,
+    gpu: Gpu = "h100",
+    as_json: AsJson = False,
+) -> None:
+    """Show the bytes of each rank, part by part, and whether they fit.
+
+    \b
+    moe-train plan memory jetmoe_8b --nodes 12
+    moe-train plan memory run.yaml --nproc 4 --gpu none parallel.tensor=2 training.recompute=full
+    """
+    from moe_train.plan.memory import memory as show
+
+    show(run, list(overrides or []), nodes=nodes, nproc=nproc, gpu=gpu, as_json=as_json)
+
+
+@app.command(context_settings=OVERRIDES)
+def cost(
+    run: Run,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    gpu: Gpu = "h100",
+    price: Annotated[float, typer.Option(metavar="P", help="Of one GPU for one hour.")] = 2.0,
+    mfu: Annotated[
+        Optional[float], typer.Option(metavar="PART", help="The part of the peak reached.")
+    ] = None,
+    tokens_per_second: Annotated[
+        Optional[float], typer.Option(metavar="T", help="Tokens per second of one GPU.")
+    ] = None,
+    metrics: Annotated[
+        Optional[str], typer.Option(metavar="FILE", help="metrics.jsonl measured on as many GPUs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run takes: days, GPU-hours, money, energy, disk.
+
+    \b
+    moe-train plan cost jetmoe_8b --nodes 12 --price 2.0 --tokens-per-second 11574
+    moe-train plan cost run.yaml --nodes 12 --metrics runs/trial/metrics.jsonl
+    """
+    from moe_train.plan.cost import cost as show
+
+    show(
+        run,
+        list(overrides or []),
+        nodes=nodes,
+        gpu=gpu,
+        price=price,
+        mfu=mfu,
+        tokens_per_second_per_gpu=tokens_per_second,
+        metrics=metrics,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def upcycle(
+    dense_tokens: Annotated[
+        str, typer.Option(metavar="N", help="Tokens the dense checkpoint has seen; 0: there is none.")
+    ],
+    moe_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens the mixture of experts will see.")],
+    cost_ratio: Annotated[
+        float, typer.Option(metavar="R", help="Cost of a token of the mixture over one of the dense model.")
+    ] = 2.0,
+    learning_rate_ratio: Annotated[
+        Optional[float], typer.Option(metavar="PART", help="Where the dense run's learning rate ended.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether to start from a dense checkpoint or from scratch.
+
+    \b
+    moe-train plan upcycle --dense-tokens 2T --moe-tokens 500B
+    """
+    from moe_train.plan.upcycle import upcycle as show
+
+    show(
+        dense_tokens=dense_tokens,
+        moe_tokens=moe_tokens,
+        cost_ratio=cost_ratio,
+        learning_rate_ratio=learning_rate_ratio,
         as_json=as_json,
     )

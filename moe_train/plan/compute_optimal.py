@@ -84,7 +84,8 @@ def answer(
 
         amount *= 3600 * load_hardware(gpu).peak_flops * part(mfu, "--mfu")
     approaches = {
-        name: _approach(frontier, loss_law, option, amount) for name, (frontier, loss_law) in _laws(law).items()
+        name: _approach(frontier, loss_law, option, amount)
+        for name, (frontier, loss_law) in _laws(law).items()
     }
     budget = approaches["replication"]["flops"]
     return {
@@ -136,9 +137,13 @@ def _sparsity(flops: float, total: float | None, asked: float | None) -> dict[st
     low, high = sparse_law.FITTED_FLOPS
     notes = []
     if asked is not None and sparse_law.check_sparsity(asked) > sparse_law.LARGEST_FITTED:
-        notes.append(f"sparsity {asked:g} is more than the {sparse_law.LARGEST_FITTED} that the law was fitted on")
+        notes.append(
+            f"sparsity {asked:g} is more than the {sparse_law.LARGEST_FITTED} that the law was fitted on"
+        )
     if not low <= flops <= high:
-        notes.append(f"flops {flops:.3g} is outside of the {low:.3g} to {high:.3g} that the sparsity law was fitted on")
+        notes.append(
+            f"flops {flops:.3g} is outside of the {low:.3g} to {high:.3g} that the sparsity law was fitted on"
+        )
     free = sparse_law.best_overall(flops)
     if free.sparsity > 0.999 * sparse_law.LARGEST_FITTED:
         notes.append(
@@ -174,7 +179,16 @@ def render(report: dict[str, Any]) -> str:
         ]
         for name, row in report["approaches"].items()
     ]
-    columns = ["approach", "params", "tokens", "tokens/param", "loss", "loss (replication)", "6ND", "appendix F"]
+    columns = [
+        "approach",
+        "params",
+        "tokens",
+        "tokens/param",
+        "loss",
+        "loss (replication)",
+        "6ND",
+        "appendix F",
+    ]
     given = report["given"]
     lines = [table(f"compute-optimal dense models, {_title(given)}", columns, rows)]
     sparse = report["sparsity"]

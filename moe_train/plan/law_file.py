@@ -25,7 +25,9 @@ def load_law(path: str | os.PathLike[str]) -> ParametricLaw:
         constants = data.get("parametric", data).get("constants", data)
         return ParametricLaw(**{name: float(constants[name]) for name in CONSTANTS})
     except OSError as error:
-        raise UserError(f"--law {path}: {error.strerror}; name a file that `moe-train plan fit --out` wrote") from None
+        raise UserError(
+            f"--law {path}: {error.strerror}; name a file that `moe-train plan fit --out` wrote"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"--law {path}: holds no parametric law; it needs the numbers {', '.join(CONSTANTS)}, as `plan fit --out` writes"

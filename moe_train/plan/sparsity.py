@@ -46,7 +46,16 @@ class SparsityLaw:
 
 
 ABNAR = SparsityLaw(
-    a=16612.50, alpha=0.5962, b=5455.67, beta=0.3954, c=0.4598, lam=-0.1666, d=17.26, delta=0.1603, gamma=0.1595, e=0.94
+    a=16612.50,
+    alpha=0.5962,
+    b=5455.67,
+    beta=0.3954,
+    c=0.4598,
+    lam=-0.1666,
+    d=17.26,
+    delta=0.1603,
+    gamma=0.1595,
+    e=0.94,
 )
 """Table 3 of the paper."""
 
@@ -91,11 +100,18 @@ def at_fixed_size(
 
 
 def best_sparsity(
-    flops: float, params: float, law: SparsityLaw = ABNAR, *, limit: float = LARGEST_FITTED, mlp_to_rest: float = MLP_TO_REST
+    flops: float,
+    params: float,
+    law: SparsityLaw = ABNAR,
+    *,
+    limit: float = LARGEST_FITTED,
+    mlp_to_rest: float = MLP_TO_REST,
 ) -> SparseChoice:
     """The sparsity of least loss for a budget at fixed total parameters, from 0 to `limit`."""
     grid = _grid(limit)
-    best = min((at_fixed_size(flops, params, s, law, mlp_to_rest) for s in grid), key=lambda choice: choice.loss)
+    best = min(
+        (at_fixed_size(flops, params, s, law, mlp_to_rest) for s in grid), key=lambda choice: choice.loss
+    )
     return _refined(best, grid, lambda s: at_fixed_size(flops, params, s, law, mlp_to_rest))
 
 
@@ -119,7 +135,9 @@ def best_overall(
 ) -> SparseChoice:
     """Size and sparsity of least loss for a budget, sparsity from 0 to `limit`."""
     grid = _grid(limit)
-    best = min((best_size(flops, s, law, mlp_to_rest=mlp_to_rest) for s in grid[::4]), key=lambda choice: choice.loss)
+    best = min(
+        (best_size(flops, s, law, mlp_to_rest=mlp_to_rest) for s in grid[::4]), key=lambda choice: choice.loss
+    )
     return _refined(best, grid[::4], lambda s: best_size(flops, s, law, mlp_to_rest=mlp_to_rest))
 
 
@@ -136,5 +154,7 @@ def _refined(best: SparseChoice, grid: list[float], choice_at) -> SparseChoice:
     low, high = max(grid[0], best.sparsity - step), min(grid[-1], best.sparsity + step)
     if high <= low:
         return best
-    found = choice_at(float(minimize_scalar(lambda s: choice_at(s).loss, bounds=(low, high), method="bounded").x))
+    found = choice_at(
+        float(minimize_scalar(lambda s: choice_at(s).loss, bounds=(low, high), method="bounded").x)
+    )
     return found if found.loss < best.loss else best

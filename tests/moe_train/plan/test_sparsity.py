@@ -11,7 +11,8 @@ from moe_train.plan.sparsity import ABNAR, active_share, at_fixed_size, best_ove
 
 
 @pytest.mark.parametrize(
-    ("params", "tokens", "sparsity", "loss"), [(1e9, 20e9, 0.0, 2.5657), (1e9, 20e9, 0.75, 2.6284), (8e9, 20e9, 0.75, 2.3544)]
+    ("params", "tokens", "sparsity", "loss"),
+    [(1e9, 20e9, 0.0, 2.5657), (1e9, 20e9, 0.75, 2.6284), (8e9, 20e9, 0.75, 2.3544)],
 )
 def test_unit_values(params: float, tokens: float, sparsity: float, loss: float) -> None:
     assert ABNAR.loss(params, tokens, sparsity) == pytest.approx(loss, abs=5e-5)

@@ -1,0 +1,154 @@
+"""`moe-train plan cost`: days, GPU-hours, money, energy and disk of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.units import format_count
+from moe_train.config import RunConfig
+from moe_train.errors import UserError
+from moe_train.plan.hardware import Hardware, load_hardware
+from moe_train.plan.quantities import part, positive, table
+
+MEASURED_STEPS = 200
+"""The last steps of a metrics.jsonl whose median throughput counts as measured."""
+
+
+def cost(
+    run: str,
+    overrides: list[str],
+    *,
+    nodes: int | None = None,
+    gpu: str = "h100",
+    price: float = 2.0,
+    mfu: float | None = None,
+    tokens_per_second_per_gpu: float | None = None,
+    metrics: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print what a run costs.
+
+    Args:
+        nodes: nodes of `gpu`; None: those of the run file's section launch.
+        price: of one GPU for one hour.
+        mfu, tokens_per_second_per_gpu, metrics: the speed (one of them): a part of the peak, a rate, or a
+            metrics.jsonl that was measured on this many GPUs. Without any, the efficiency in the hardware file.
+
+    Raises an error with ``exit_code`` 2, one line.
+    """
+    from moe_train.plan.run_file import load_plan
+
+    config, hardware = load_plan(run, overrides), load_hardware(gpu)
+    gpus = (nodes or config.launch.nodes) * hardware.node_size
+    rate, basis = speed(config, hardware, gpus, mfu, tokens_per_second_per_gpu, metrics)
+    answer = estimate(config, hardware, gpus, rate, positive(price, "--price"))
+    answer["speed_from"] = basis
+    print(json.dumps(answer) if as_json else render(answer))
+
+
+def speed(
+    config: RunConfig,
+    hardware: Hardware,
+    gpus: int,
+    mfu: float | None,
+    rate: float | None,
+    metrics: str | None,
+) -> tuple[float, str]:
+    """(tokens per second per GPU, where that comes from)."""
+    if sum(given is not None for given in (mfu, rate, metrics)) > 1:
+        raise UserError("give one of --mfu, --tokens-per-second and --metrics")
+    if rate is not None:
+        return positive(rate, "--tokens-per-second"), "given"
+    if metrics is not None:
+        return measured_rate(metrics) / gpus, f"measured: {metrics}"
+    flops = config.model.flops_per_token(config.mixture.sequence_length)
+    if mfu is not None:
+        return part(mfu, "--mfu") * hardware.peak_flops / flops, f"an MFU of {mfu:.1%}"
+    config.layout(gpus)
+    reached = hardware.compute_efficiency.value
+    return reached * hardware.peak_flops / flops, f"an MFU of {reached:.1%}, assumed in {hardware.name}.yaml"
+
+
+def measured_rate(path: str) -> float:
+    """Median tokens per second (of all GPUs) over the last steps of a metrics.jsonl, or of a run's folder."""
+    import statistics
+
+    file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rates = [json.loads(line)["tokens_per_second"] for line in lines[-MEASURED_STEPS:]]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; name a metrics.jsonl or a run's folder") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not a metrics.jsonl: a line has no tokens_per_second") from None
+    if not rates:
+        raise UserError(f"{file} holds no step yet; let the run take a few")
+    return statistics.median(rates)
+
+
+def estimate(config: RunConfig, hardware: Hardware, gpus: int, rate: float, price: float) -> dict[str, Any]:
+    """Everything in plain units: hours, days, currency of `price`, kWh, bytes, tokens."""
+    tokens = config.total_tokens
+    if config.training.max_steps is not None:
+        tokens = min(tokens, config.training.max_steps * config.tokens_per_step)
+    hours = tokens / (rate * gpus) / 3600
+    flops = config.model.flops_per_token(config.mixture.sequence_length)
+    phases, seen = [], 0
+    for phase in config.mixture.phases:
+        if seen < tokens:
+            phases.append(
+                {"name": phase.name, "first_token": seen, "starts_after_days": seen / (rate * gpus) / 86400}
+            )
+        seen += phase.tokens
+    return {
+        "gpus": gpus,
+        "gpu": hardware.name,
+        "tokens": tokens,
+        "flops": flops * tokens,
+        "tokens_per_second_per_gpu": rate,
+        "mfu": rate * flops / hardware.peak_flops,
+        "days": hours / 24,
+        "gpu_hours": hours * gpus,
+        "price_per_gpu_hour": price,
+        "cost": hours * gpus * price,
+        "kwh": hours * gpus * hardware.watts.value / 1000,
+        "phases": phases,
+        "checkpoints": _disk(config, tokens),
+    }
+
+
+def _disk(config: RunConfig, tokens: int) -> dict[str, int]:
+    """How many checkpoints stay at the end of the run, and their bytes: weights, main copy and two moments."""
+    per_element = 12 if config.training.precision == "fp32" else 14
+    size = config.model.num_parameters() * per_element
+    checkpoint = config.checkpoint
+    every = checkpoint.interval.in_tokens(config.tokens_per_step)
+    written = max(1, -(-tokens // max(1, every)))
+    kept = written if checkpoint.keep_last is None else min(written, checkpoint.keep_last)
+    if checkpoint.keep_every is not None:
+        kept += tokens // max(1, checkpoint.keep_every.in_tokens(config.tokens_per_step))
+    kept = min(kept, written)
+    return {"bytes_each": size, "written": written, "kept": kept, "bytes_kept": kept * size}
+
+
+def render(answer: dict[str, Any]) -> str:
+    """The estimate as two columns."""
+    disk = answer["checkpoints"]
+    rows = [
+        ["run", f"{format_count(answer['tokens'])} tokens, {answer['flops']:.3g} operations"],
+        ["on", f"{answer['gpus']} {answer['gpu']}"],
+        ["speed", f"{answer['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, MFU {answer['mfu']:.1%}"],
+        ["speed from", answer["speed_from"]],
+        ["time", f"{answer['days']:.1f} days"],
+        ["GPU-hours", f"{answer['gpu_hours']:,.0f}"],
+        ["cost", f"{answer['cost']:,.0f} at {answer['price_per_gpu_hour']:g} a GPU-hour"],
+        ["energy", f"{answer['kwh']:,.0f} kWh"],
+        ["checkpoints", f"{disk['kept']} kept of {disk['written']}, {disk['bytes_kept'] / 1e12:.2f} TB"],
+        ["one checkpoint", f"{disk['bytes_each'] / 1e9:,.1f} GB"],
+    ]
+    for phase in answer["phases"]:
+        start = f"day {phase['starts_after_days']:.1f}, {format_count(phase['first_token'])} tokens"
+        rows.append([f"phase {phase['name']} from", start])
+    return table("cost", ["what", "value"], rows)
