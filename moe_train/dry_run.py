@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moe_train.config import RunConfig
 
 
-def dry_run(config: RunConfig, nproc: int | None = None) -> None:
+def dry_run(config: RunConfig, nproc: int | None = None, resume: str = "auto") -> None:
     """Print config, model, layout and mixture of `config` for `nproc` processes, and start nothing.
 
     Without `nproc` the number of processes is the launcher's (torchrun, Slurm), else the fewest that the
@@ -22,13 +22,17 @@ def dry_run(config: RunConfig, nproc: int | None = None) -> None:
     run out.
     """
     from data_pipeline.report import plan, planned
+    from moe_train.training.preflight import check_run
 
     world = nproc or _launched_processes() or smallest_world(config.parallel)
     layout = config.layout(world)
+    changes = check_run(config, world, resume)
     ledger = plan(config.mixture, config.model.vocab_size)
     print(config.to_yaml())
     for line in [*model_lines(config), *run_lines(config, layout)]:
         print(line)
+    for change in changes:
+        print(f"changed     {change}, since the last start")
     print()
     print(planned(ledger))
     print("\ndry run: everything fits, nothing was started")

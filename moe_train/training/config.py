@@ -53,8 +53,8 @@ class TrainingConfig(Section):
     max_wall_time: Seconds | None = None
     """Save and stop (status 3) when this much time has passed since the start."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again: none of them, the attention's and the experts' inner
-    ones, whole layers."""
+    """Activations that the backward pass computes again: none of them, those inside the MLP experts, whole
+    layers."""
     deterministic: bool = False
     """On GPUs, only kernels that give the same bits each time (slower). On CPUs a run on one layout always
     does."""

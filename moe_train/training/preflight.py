@@ -27,11 +27,28 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
     folder = RunFolder(config.output_dir)
     if resume == "never" and folder.holds_run:
         raise UserError(f"{folder.path} holds a run and --resume never was given: choose another output_dir, or --resume auto")
-    if resume not in ("auto", "never") and not Path(resume).exists():
-        raise UserError(f"--resume {resume}: no such checkpoint; give auto, never, or the path of an iter_* folder")
-    if resume == "auto" and folder.config_path.exists() and last_checkpoint_state(folder) is not None:
+    if resume not in ("auto", "never"):
+        _check_checkpoint("--resume", resume)
+    if last_checkpoint_state(folder) is None:
+        if config.checkpoint.initialize_from is not None and resume in ("auto", "never"):
+            _check_checkpoint("checkpoint.initialize_from:", config.checkpoint.initialize_from)
+        return []
+    if folder.config_path.exists() and (resume == "auto" or _is_of(folder, resolve_checkpoint(resume))):
         return check_resume(load_run(folder.config_path, with_mixture=False), config)
     return []
+
+
+def _check_checkpoint(key: str, path: str) -> None:
+    """Whether ``path``, which ``key`` gives, means a checkpoint; what is in it is for the ranks to judge."""
+    try:
+        resolve_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{key} {path}: {'no such checkpoint' if not Path(path).exists() else error}") from None
+
+
+def _is_of(folder: RunFolder, checkpoint: Path) -> bool:
+    """Whether ``checkpoint`` is one of ``folder``'s own."""
+    return checkpoint.resolve().parent == folder.checkpoints.resolve()
 
 
 def last_checkpoint_state(folder: RunFolder) -> dict[str, Any] | None:
