@@ -14,6 +14,7 @@ from typing import Annotated, List, Optional, Tuple
 
 import typer
 
+from launch.commands import app as launch_app
 from moe_train import __version__
 from moe_train.errors import UserError
 from moe_train.plan.commands import app as plan_app
@@ -36,6 +37,7 @@ app = _app(
 
     \b
     moe-train pretrain configs/run/demo.yaml --nproc 2      train, or go on with an interrupted run
+    moe-train launch slurm run.yaml                         the same on a cluster, until it is complete
     moe-train mix configs/data/demo.yaml                    what the mixture feeds, before paying for it
     moe-train generate runs/demo --prompt "def main("       try what came out
     """
@@ -45,6 +47,7 @@ checkpoint_app = _app("List, verify and convert checkpoints.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(plan_app, name="plan")
+app.add_typer(launch_app, name="launch")
 
 Nproc = Annotated[
     Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")
@@ -133,26 +136,70 @@ def branch(
 
 @app.command()
 def prepare(
-    inputs: Annotated[List[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files.")],
+    inputs: Annotated[
+        List[str],
+        typer.Argument(
+            metavar="INPUT...", help="Files, folders or patterns: .txt, .jsonl (.gz, .zst), .parquet, .arrow."
+        ),
+    ],
     out: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
-    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="A sentencepiece model.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="MODEL", help="A sentencepiece .model or a tokenizer.json.")
+    ],
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that tokenise.")] = 1,
     text_key: Annotated[
-        str, typer.Option(metavar="KEY", help="The field of a .jsonl line that holds the text.")
+        str, typer.Option(metavar="KEY", help="The field that holds the text; a.b is b within a.")
     ] = "text",
     holdout: Annotated[
         float,
         typer.Option(min=0.0, max=0.5, metavar="PART", help="Part of the documents kept for validation."),
     ] = 0.0,
+    filters: Annotated[
+        Optional[List[str]],
+        typer.Option("--filter", metavar="FIELD=VALUE", help="Keep what meets it (=, !=, <, <=, >, >=)."),
+    ] = None,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Drop documents whose text came before.")] = False,
+    shuffle_seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of the order of the documents in the corpus.")
+    ] = 0,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of the input.")] = False,
+    shard_tokens: Annotated[
+        Optional[str],
+        typer.Option(metavar="COUNT", help="Shards PREFIX-00000.bin, ... of so many tokens, as 2B."),
+    ] = None,
+    max_bad: Annotated[
+        Optional[int], typer.Option(min=0, metavar="N", help="Stop above so many documents left out.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a corpus, or an unfinished one, of this name.")
+    ] = False,
 ) -> Optional[int]:
     """Tokenise raw text into a corpus that training reads.
+
+    Started again after it was killed, it goes on where it was.
 
     \b
     moe-train prepare text/*.jsonl --out corpora/web --tokenizer tokenizer.model --workers 8 --holdout 0.01
     """
     from data_pipeline.prepare import prepare as write
+    from data_pipeline.units import parse_count
 
-    return _status(write(inputs, out, tokenizer, workers=workers, text_key=text_key, holdout=holdout))
+    return _status(
+        write(
+            inputs,
+            out,
+            tokenizer,
+            workers=workers,
+            text_key=text_key,
+            holdout=holdout,
+            max_bad=max_bad,
+            overwrite=overwrite,
+            filters=filters or (),
+            dedup=dedup,
+            shuffle_seed=None if no_shuffle else shuffle_seed,
+            shard_tokens=None if shard_tokens is None else parse_count(shard_tokens),
+        )
+    )
 
 
 @tokenizer_app.command("train")

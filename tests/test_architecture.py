@@ -55,6 +55,8 @@ def test_arrows_point_one_way(path: Path) -> None:
     own = path.relative_to(ROOT).parts[0]
     for module, line in imports(path):
         package = module.partition(".")[0]
+        if name(path) == "moe_train/cli.py" and module == "launch.commands.app":
+            continue  # the roof names the launcher's verbs
         if package in PACKAGES and package != own:
             assert package in ALLOWED[own], f"{name(path)}:{line}: {own} must not import {module}"
         assert package != "tests" and not module.startswith("None."), f"{name(path)}:{line}: imports {module}"

@@ -1,0 +1,42 @@
+"""The verbs of `moe-train launch`. No logic here: a verb imports one function and calls it."""
+
+from __future__ import annotations
+
+from typing import Annotated, List, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Start a run on a cluster, and look after it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+OVERRIDES = {"ignore_unknown_options": True}
+
+RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
+Overrides = Annotated[Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")]
+
+
+@app.command("slurm", context_settings=OVERRIDES)
+def slurm(
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes, instead of launch.nodes.")] = None,
+    time: Annotated[Optional[str], typer.Option(metavar="T", help="Time limit, such as 12h or 2-00:00:00.")] = None,
+    chain: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs in a row; each goes on where the last stopped.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
+) -> None:
+    """Check a run, submit it to Slurm, and have it requeue itself until it is complete.
+
+    \b
+    moe-train launch slurm run.yaml launch.cluster=my_cluster.yaml --nodes 12 --time 2d
+    moe-train launch slurm run.yaml --dry-run
+    moe-train launch slurm run.yaml --time 1d --chain 7
+    """
+    from launch.slurm import launch
+
+    launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, dry_run=dry_run)

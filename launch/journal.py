@@ -1,0 +1,56 @@
+"""What the launcher remembers of a run, in its folder: `launch/`. Readable when Slurm has forgotten the jobs.
+
+    jobs.jsonl      each submission: job, nodes, time limit, price
+    starts.jsonl    each start and end of the batch script, with status, reason and what came next
+    over.json       why no later job is to start the run again
+    cancel          somebody asked for the end
+    failures        the newest checkpoint's step at each failure
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_train.training.run_folder import append_line, now, read_lines
+
+
+class Journal:
+    """The launcher's files of one run. Making the object touches nothing."""
+
+    def __init__(self, run_dir: Path | str):
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "launch"
+        self.cancel_path = self.folder / "cancel"
+
+    def submitted(self, record: dict[str, Any]) -> None:
+        """Note a submission."""
+        append_line(self.folder / "jobs.jsonl", record)
+
+    def note(self, kind: str, **details: Any) -> None:
+        """Note a start or an end, as the batch script does."""
+        append_line(self.folder / "starts.jsonl", {"kind": kind, "time": now(), **details})
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All submissions, oldest first."""
+        return read_lines(self.folder / "jobs.jsonl")
+
+    def job_ids(self) -> list[str]:
+        return [record["job"] for record in self.jobs() if record.get("job")]
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Starts and ends of the batch script, oldest first."""
+        return read_lines(self.folder / "starts.jsonl")
+
+    def over(self) -> dict[str, Any] | None:
+        """{code, reason, job} once no job is to start the run again."""
+        try:
+            return json.loads((self.folder / "over.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def clear(self) -> None:
+        """Forget how the last submission ended: a new one counts afresh."""
+        for name in ("over.json", "cancel", "failures"):
+            (self.folder / name).unlink(missing_ok=True)

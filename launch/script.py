@@ -1,0 +1,121 @@
+"""The batch script of a job, rendered from `job.sbatch`. The same text is printed, validated and submitted."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from importlib import resources
+
+from launch.job import Job
+from moe_train.errors import UserError
+from moe_train.units import format_time
+
+
+def render(job: Job) -> str:
+    """The sbatch script of `job`, ending with a newline.
+
+    Raises UserError: something does not fit in a batch script, or is not visible in the container.
+    """
+    parts = {
+        "LOGIN": " -l" if job.cluster.modules else "",  # `module` is defined for login shells
+        "TITLE": _title(job),
+        "DIRECTIVES": "\n".join(f"#SBATCH {option}" for option in directives(job)),
+        "RUN_DIR": shlex.quote(str(job.run_dir)),
+        "SUBMIT_DIR": shlex.quote(str(job.submit_dir)),
+        "LEAD": str(job.lead),
+        "MAX_RESTARTS": str(job.cluster.max_restarts),
+        "CHAIN": "1" if job.chain > 1 else "0",
+        "ENVIRONMENT": "\n".join(environment(job)),
+        "LAUNCH": launch_command(job),
+    }
+    template = resources.files("launch").joinpath("job.sbatch").read_text(encoding="utf-8")
+    return re.sub(r"@([A-Z_]+)@", lambda match: parts[match[1]], template)
+
+
+def directives(job: Job) -> list[str]:
+    """The options of sbatch, most important first."""
+    cluster, torchrun = job.cluster, job.cluster.launcher == "torchrun"
+    named = {
+        "job-name": job.name,
+        "account": cluster.account,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "reservation": cluster.reservation,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1 if torchrun else cluster.ranks_per_node,
+        "gpus-per-node": _gpus(job) if cluster.gpus_per_node else None,
+        "cpus-per-task": (cluster.cpus_per_task or 0) * (cluster.ranks_per_node if torchrun else 1) or None,
+        "mem": cluster.memory,
+        "time": slurm_time(job.seconds),
+        "signal": f"B:USR1@{job.lead}",
+        "output": f"{_in_directive(str(job.run_dir / 'logs'))}/slurm-%j.out",
+        "open-mode": "append",
+        "dependency": "singleton" if job.chain > 1 else None,
+    }
+    lines = [f"--{key}={_quoted(str(value))}" for key, value in named.items() if value is not None]
+    lines += ["--requeue", "--wait-all-nodes=1"]
+    lines += ["--exclusive"] if cluster.exclusive else []
+    return lines + list(cluster.sbatch)
+
+
+def environment(job: Job) -> list[str]:
+    """Lines of shell that set up what the ranks inherit."""
+    cluster = job.cluster
+    lines = [f"module load {' '.join(cluster.modules)}"] if cluster.modules else []
+    if cluster.venv:
+        lines += [f"export VIRTUAL_ENV={shlex.quote(cluster.venv)}", 'export PATH="$VIRTUAL_ENV/bin:$PATH"']
+    variables = {**job.variables(), **cluster.env}
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if cluster.scratch:
+        lines.append(f"export TMPDIR={shlex.quote(cluster.scratch)}")
+    return lines + list(cluster.setup)
+
+
+def launch_command(job: Job) -> str:
+    """The srun that starts the ranks, a line an option."""
+    cluster = job.cluster
+    options = ["--kill-on-bad-exit=1", "--wait=60"]
+    if cluster.container:
+        mounted = list(cluster.container.mounts) + ([cluster.scratch] if cluster.scratch else [])
+        full = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounted]
+        options.append(f"--container-image={shlex.quote(cluster.container.image)}")
+        options += [f"--container-mounts={shlex.quote(','.join(full))}"] if full else []
+        options.append(f"--container-workdir={shlex.quote(job.inside(job.submit_dir))}")
+    python = shlex.quote(job.python)
+    if cluster.launcher == "torchrun":
+        python += (
+            f' -m torch.distributed.run --nnodes={job.nodes} --nproc-per-node={cluster.ranks_per_node}'
+            ' --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$RESTART"'
+        )
+    lines = [f"srun {' '.join(options[:2])}", *options[2:], f"{python} {shlex.join(job.command())}"]
+    return " \\\n  ".join(lines)
+
+
+def slurm_time(seconds: float) -> str:
+    """A time limit as Slurm writes it, in whole minutes: ``2-00:00:00``."""
+    minutes = math.ceil(seconds / 60)
+    days, rest = divmod(minutes, 24 * 60)
+    return (f"{days}-" if days else "") + f"{rest // 60:02d}:{rest % 60:02d}:00"
+
+
+def _gpus(job: Job) -> str:
+    kind = f"{job.cluster.gpu_type}:" if job.cluster.gpu_type else ""
+    return f"{kind}{job.cluster.gpus_per_node}"
+
+
+def _title(job: Job) -> str:
+    unit = "GPUs" if job.cluster.gpus_per_node else "ranks"
+    text = f"{job.name}: {job.nodes} nodes x {job.cluster.ranks_per_node} {unit} of {job.cluster.name}"
+    return f"{text}, at most {format_time(job.seconds)}" + (f", one of {job.chain} in a chain" if job.chain > 1 else "")
+
+
+def _in_directive(path: str) -> str:
+    if "\n" in path or '"' in path or "\\" in path:
+        raise UserError(f"output_dir {path!r} cannot stand in a batch script; choose a path without quotes, \\ and line breaks")
+    return path.replace("%", "%%")
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"\s", value) else value

@@ -1,0 +1,125 @@
+"""`launch slurm` without a controller: the script, and what is checked before a node is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.checks import problems
+from launch.cluster import Container
+from launch.job import load_job
+from launch.lead import lead_seconds
+from launch.mounts import inside, outside
+from launch.script import render, slurm_time
+from moe_train.cli import main
+
+_spec = importlib.util.spec_from_file_location("launch_runs", Path(__file__).with_name("runs.py"))
+runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runs)
+write_run = runs.write_run
+
+KINDS = {
+    "plain": {},
+    "gpus": {"gpus_per_node": 8, "gpu_type": "h100", "memory": "0", "exclusive": True, "cpus_per_task": 12},
+    "torchrun": {"gpus_per_node": 8, "launcher": "torchrun"},
+    "container": {"gpus_per_node": 8, "container": {"image": "a/b:c", "mounts": ["/data:/d:ro"]}, "scratch": "/local disk"},
+    "site": {"modules": ["cuda/12.8"], "env": {"A": "it's 1"}, "setup": ["ulimit -n 65536"], "account": "me", "qos": "high"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_script_is_clean(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    job = load_job(str(write_run(folder, KINDS[kind], training={"global_batch_size": 48, "micro_batch_size": 1})), ["logging.interval=3 steps"], chain=3, strict=False)
+    script = render(job)
+    assert "@" not in script.replace("USR1@", "")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_script_says(tmp_path: Path) -> None:
+    run = write_run(tmp_path, KINDS["gpus"] | {"partition": "gpu", "warning": "5m"}, training={"global_batch_size": 48, "micro_batch_size": 1})
+    script = render(load_job(str(run), ["optimizer.lr=1e-3"], nodes=3, time="1-12:00:00"))
+    for line in ("nodes=3", "ntasks-per-node=8", "gpus-per-node=h100:8", "time=1-12:00:00", "signal=B:USR1@300", "partition=gpu", "mem=0"):
+        assert f"\n#SBATCH --{line}\n" in script
+    for line in ("requeue", "open-mode=append", "exclusive", "wait-all-nodes=1"):
+        assert f"\n#SBATCH --{line}\n" in script
+    assert f"pretrain {run} output_dir={tmp_path}/run launch.cluster=null optimizer.lr=1e-3 &" in script
+    assert "srun --kill-on-bad-exit=1" in script and "singleton" not in script and "\nCHAIN=0\n" in script
+    chain = render(load_job(str(run), nodes=3, chain=2))
+    assert "\n#SBATCH --dependency=singleton\n" in chain and "\nCHAIN=1\n" in chain
+
+
+def test_dry_run_prints_the_script_alone_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "web.bin").unlink()
+    assert main(["launch", "slurm", str(run), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("#!/bin/bash\n") and "warning: " in err and "web.bin" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "3"], "is not a multiple of"),
+        (["parallel.expert=8"], "parallel.expert 8"),
+        (["--time", "soon"], "--time soon"),
+        (["launch.cluster=null"], "launch.cluster is not set"),
+        (["launch.cluster=nowhere"], "no file"),
+        (["optimizer.lrr=1"], "did you mean 'lr'?"),
+    ],
+)
+def test_mistakes_are_told_before_slurm_is_asked(tmp_path: Path, capsys, arguments: list[str], said: str) -> None:
+    for dry in ([], ["--dry-run"]):
+        assert main(["launch", "slurm", str(write_run(tmp_path)), *arguments, *dry]) == 2
+        out, err = capsys.readouterr()
+        assert said in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_corpora_refuse_a_submission(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "web.bin").unlink()
+    assert main(["launch", "slurm", str(run)]) == 2
+    assert "web.bin" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_paths_go_through_the_mounts() -> None:
+    container = Container(image="x", mounts=["/lustre/me:/data:ro", "/lustre/me/runs:/runs", "/shared"])
+    assert inside("/lustre/me/a.bin", container) == "/data/a.bin"
+    assert inside("/lustre/me/runs/r", container) == "/runs/r" and inside("/shared/x", container) == "/shared/x"
+    assert outside("/data/a.bin", container) == "/lustre/me/a.bin" and outside("/usr/x", container) is None
+    with pytest.raises(Exception, match="not visible in the container"):
+        inside("/home/me/run.yaml", container)
+
+
+def test_corpora_are_looked_for_through_the_mounts(tmp_path: Path) -> None:
+    cluster = {"container": {"image": "x:y", "mounts": [f"{tmp_path}:{tmp_path}", f"{tmp_path}:/data"]}}
+    run = write_run(tmp_path, cluster)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(mixture.read_text().replace("web.bin", "/data/web.bin"))
+    job = load_job(str(run), strict=False)
+    assert not [line for line in problems(job) if "web" in line]
+    mixture.write_text(mixture.read_text().replace("/data/web.bin", "/elsewhere/web.bin"))
+    assert any("/elsewhere/web.bin is not visible" in line for line in problems(load_job(str(run), strict=False)))
+
+
+def test_the_warning_leaves_time_for_a_step_and_a_checkpoint(tmp_path: Path) -> None:
+    job = load_job(str(write_run(tmp_path)))
+    slow = job.cluster.model_copy(update={"checkpoint_gigabytes_per_second": 1e-6})
+    assert job.lead >= 60 and lead_seconds(job.config, slow, 2, 3600) > job.lead
+    with pytest.raises(Exception, match="longer --time"):
+        lead_seconds(job.config, slow.model_copy(update={"warning": 600.0}), 2, 600)
+
+
+def test_time_limits_as_slurm_writes_them() -> None:
+    assert slurm_time(60) == "00:01:00" and slurm_time(172800) == "2-00:00:00" and slurm_time(3601) == "01:01:00"
