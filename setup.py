@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "sentencepiece>=0.2",
     "tokenizers>=0.19",
     "xxhash>=3.0",
+    "zstandard>=0.21",
     "wandb>=0.17",
     "tensorboard>=2.14",
     "matplotlib>=3.7",
@@ -35,12 +36,13 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "export": ["transformers>=5.0", "safetensors>=0.4"],  # to and from Hugging Face
+    "data": ["pyarrow>=14.0"],  # raw text in .parquet and .arrow
     "gpu": ["transformer-engine[pytorch]>=2.9"],  # FP8 and fused kernels
     "deepspeed": ["deepspeed>=0.15"],  # its CPU Adam, for optimizer offload
-    "test": ["pytest>=8.0", "hypothesis>=6.100"],
+    "test": ["pytest>=8.0", "hypothesis>=6.100", "pyarrow>=14.0"],
 }
 EXTRAS["all"] = sorted(
-    EXTRAS["export"] + EXTRAS["test"]
+    {*EXTRAS["export"], *EXTRAS["data"], *EXTRAS["test"]}
 )  # what works on any machine; gpu and deepspeed compile
 
 setup(

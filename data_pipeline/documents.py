@@ -1,32 +1,46 @@
-"""Raw text as a stream of documents: ``.txt`` (one a file), ``.jsonl`` and ``.jsonl.gz`` (one a line)."""
+"""Raw text as a stream of documents: ``.txt`` (one a file), ``.jsonl``, ``.jsonl.gz`` and ``.jsonl.zst`` (one a
+line), ``.parquet`` and ``.arrow`` (one a row)."""
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
+from data_pipeline import columnar
 from data_pipeline.errors import DamagedDataError, DataError
+from data_pipeline.filters import Filter, lookup
 
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", *columnar.ENDINGS)
 
 INVALID_UTF8 = "invalid UTF-8"
 MALFORMED = "malformed line"
 MISSING_FIELD = "missing field"
 EMPTY = "empty document"
+FILTERED = "filtered out"
+"""Not a fault of the document: a filter did not accept it."""
 
 
 class RawDocument(NamedTuple):
-    """A document before it is understood: a line of a .jsonl file, or a whole .txt file (`line` 0)."""
+    """A document before it is understood: a line of a .jsonl file, a whole .txt file (`line` 0), or a row of a
+    table (its fields)."""
 
     file: str
     line: int
-    data: bytes
+    data: Union[bytes, dict[str, Any]]
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return sum(len(value) if isinstance(value, (bytes, str)) else 8 for value in self.data.values())
 
 
 class Document(NamedTuple):
@@ -49,7 +63,7 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
         path = os.fspath(given)
         if os.path.isdir(path):
             found = sorted(
-                str(file) for file in Path(path).rglob("*") if file.is_file() and file.name.endswith(ENDINGS)
+                str(file) for file in Path(path).rglob("*") if file.is_file() and _is_input(file.name)
             )
             if not found:
                 raise DataError(f"{path}: the folder holds no {', '.join(ENDINGS)} file; check the path")
@@ -68,11 +82,23 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-class RawReader:
-    """Iterates over the raw documents of `files`. ``bytes_read`` counts bytes on disk, for progress."""
+def _is_input(name: str) -> bool:
+    # beside its data, `datasets` leaves what its own map and filter computed as cache-*.arrow
+    return name.endswith(ENDINGS) and not (name.startswith("cache-") and name.endswith(".arrow"))
 
-    def __init__(self, files: Iterable[str]) -> None:
-        self.files = list(files)
+
+class RawReader:
+    """Iterates over the raw documents of `files`. ``bytes_read`` counts bytes on disk, for progress.
+
+    Args:
+        fields: the fields that are needed, the text's first (tables are read by column).
+        after: (file, line) of the last document that is not wanted again.
+    """
+
+    def __init__(
+        self, files: Iterable[str], fields: Sequence[str] = ("text",), after: tuple[str, int] | None = None
+    ) -> None:
+        self.files, self.fields, self.after = list(files), list(fields), after
         self.total_bytes = sum(os.path.getsize(file) for file in self.files)
         self._finished, self._current = 0, None
 
@@ -81,11 +107,19 @@ class RawReader:
         return self._finished + (self._current.tell() if self._current is not None else 0)
 
     def __iter__(self) -> Iterator[RawDocument]:
+        skipping = self.after is not None
         for path in self.files:
+            after = -1
+            if skipping:
+                if path == self.after[0]:
+                    skipping, after = False, self.after[1]
+                else:
+                    self._finished += os.path.getsize(path)
+                    continue
             try:
                 with open(path, "rb") as file:
                     self._current = file
-                    yield from self._whole(path, file) if path.endswith(".txt") else self._lines(path, file)
+                    yield from (raw for raw in self._documents(path, file) if raw.line > after)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise DamagedDataError(f"{path}: is damaged ({error}); fetch it again") from None
             except OSError as error:
@@ -94,44 +128,102 @@ class RawReader:
                 self._current = None
             self._finished += os.path.getsize(path)
 
-    def _whole(self, path: str, file) -> Iterator[RawDocument]:
-        yield RawDocument(path, 0, file.read())
+    def _documents(self, path: str, file: Any) -> Iterator[RawDocument]:
+        if path.endswith(".txt"):
+            yield RawDocument(path, 0, file.read())
+        elif path.endswith(columnar.ENDINGS):
+            for number, row in enumerate(columnar.rows(path, self.fields), start=1):
+                yield RawDocument(path, number, row)
+        else:
+            for number, line in enumerate(_lines(path, file), start=1):
+                if line.strip():  # blank lines, such as a last one, are no documents
+                    yield RawDocument(path, number, line)
 
-    def _lines(self, path: str, file) -> Iterator[RawDocument]:
-        lines = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
-        for number, line in enumerate(lines, start=1):
-            if line.strip():  # blank lines, such as a last one, are no documents
-                yield RawDocument(path, number, line)
+
+def _lines(path: str, file: Any) -> Iterable[bytes]:
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    return _zstd_lines(path, file) if path.endswith(".zst") else file
 
 
-def understand(raw: RawDocument, text_key: str) -> Document:
+def _zstd_lines(path: str, file: Any) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path}: needs the package zstandard; pip install zstandard") from None
+    # The Pile and others were packed with windows of up to 2 GiB, above the library's default limit.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    try:
+        yield from io.BufferedReader(_Pieces(_zstd_pieces(file, decompressor)), 1 << 20)
+    except zstandard.ZstdError as error:
+        raise DamagedDataError(f"{path}: is damaged ({error}); fetch it again") from None
+
+
+def _zstd_pieces(file: Any, decompressor: Any) -> Iterator[bytes]:
+    """The decompressed frames of a file. The library's own stream takes a file cut short for a whole one."""
+    frame = None
+    while piece := file.read(1 << 15):
+        while piece:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(piece)
+            piece = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends within a zstd frame")
+
+
+class _Pieces(io.RawIOBase):
+    """Pieces of bytes as a raw file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            try:
+                self._rest = memoryview(next(self._pieces))
+            except StopIteration:
+                return 0
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def understand(raw: RawDocument, text_key: str, filters: Sequence[Filter] = ()) -> Document:
     """The text of a raw document, or the reason why there is none."""
 
     def bad(reason: str) -> Document:
         return Document(raw.file, raw.line, None, reason)
 
     try:
-        text = raw.data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        return bad(INVALID_UTF8)
-    if raw.line:
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            return bad(MALFORMED)
+        text: Any
+        if isinstance(raw.data, dict):
+            record = raw.data
+        else:
+            text = raw.data.decode("utf-8").removeprefix("\ufeff")
+            record = json.loads(text) if raw.line else {text_key: text}
         if not isinstance(record, dict):
             return bad(MALFORMED)
-        text = record.get(text_key)
+        if not all(condition.accepts(record) for condition in filters):
+            return bad(FILTERED)
+        text = lookup(record, text_key)
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
         if not isinstance(text, str):
             return bad(MISSING_FIELD)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # a lone surrogate, written as an escape
-            return bad(INVALID_UTF8)
+        text.encode("utf-8")
+    except UnicodeError:  # on encoding: a lone surrogate, written as an escape
+        return bad(INVALID_UTF8)
+    except (ValueError, RecursionError):
+        return bad(MALFORMED)
     return Document(raw.file, raw.line, text, None) if text.strip() else bad(EMPTY)
 
 
 def read_documents(files: Iterable[str], text_key: str = "text") -> Iterator[Document]:
     """Every document of `files`, in order."""
-    for raw in RawReader(files):
+    for raw in RawReader(files, [text_key]):
         yield understand(raw, text_key)

@@ -221,6 +221,10 @@ class IndexedWriter:
             self.prefix + ".idx": {"bytes": len(index), "xxh3_128": xxhash.xxh3_128_hexdigest(index)},
         }
 
+    def release(self) -> None:
+        """After `finish`: let go of the memory that the index took."""
+        self._lengths = array("i")
+
     def publish(self) -> None:
         """Give the finished files their names. The index comes last: a shard without it is not a shard."""
         for end in (".bin", ".idx"):

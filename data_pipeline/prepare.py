@@ -1,53 +1,42 @@
-"""Raw text to token files: ``OUT.bin/.idx``, ``OUT.heldout.bin/.idx`` and ``OUT.manifest.json``.
+"""Raw text to token files: shards ``OUT.bin/.idx`` (or ``OUT-00000.bin/.idx``, ... of bounded size), a held-out
+split ``*.heldout.bin/.idx`` and ``OUT.manifest.json``.
 
-Documents keep the order of the input. Each ends with the end-of-document token. A document is held out when a
-hash of its content says so, so that the same documents stay held out as the corpus grows. The result is
-byte-identical for any number of workers. Everything is written under ``*.partial`` names and renamed at the
+Two steps. First the input is read as a stream, encoded, and put into buckets on disk (`data_pipeline.spool`);
+then the buckets are sorted and written out (`data_pipeline.assemble`). Memory grows with neither. With a shuffle
+seed the documents come in a random order of the whole corpus, else in the order of the input. Each ends with the
+end-of-document token. A document is held out when a hash of its content says so, so that the same documents
+stay held out as the corpus grows.
+
+The result is byte-identical for any number of workers, and after a kill at any moment: the next start goes on
+from what was last flushed to ``OUT.partial/``. Shards are written under ``*.partial`` names and renamed at the
 end, the manifest last: where there is a manifest the corpus is whole.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import multiprocessing
 import os
 import shlex
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import xxhash
-
-from data_pipeline.documents import RawDocument, RawReader, find_inputs, understand
+from data_pipeline.assemble import Corpus, SplitReport, existing, unigram_entropy
+from data_pipeline.documents import RawReader, find_inputs
+from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.indexed import IndexedWriter, dtype_for, prefix_of
-from data_pipeline.mixture import HELDOUT
+from data_pipeline.filters import parse_filters
+from data_pipeline.indexed import dtype_for, prefix_of
+from data_pipeline.spool import Spool
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.units import format_count
 
-MANIFEST_VERSION = 1
+__all__ = ["PrepareReport", "SplitReport", "prepare", "unigram_entropy"]
 
-_BLOCK_BYTES, _BLOCK_DOCUMENTS = 1 << 20, 1024
-_EXAMPLES = 100  # bad documents that the manifest names
-
-
-@dataclass
-class SplitReport:
-    """One of the two parts of a corpus."""
-
-    documents: int = 0
-    tokens: int = 0
-    unigram_entropy: float = 0.0
-    """Nats per token of the split's own token frequencies: the loss of a model that knows nothing but
-    them."""
+BUCKET_BYTES = 1 << 28  # of raw text, about; a bucket's records are sorted in memory
+_MOST_BUCKETS = 1024
 
 
 @dataclass
@@ -61,6 +50,8 @@ class PrepareReport:
     bad: dict[str, int]
     examples: list[str]
     seconds: float
+    filtered: int = 0
+    duplicates: int = 0
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -73,6 +64,10 @@ class PrepareReport:
             lines.append(
                 f"held out: {self.heldout.documents:,} documents, {format_count(self.heldout.tokens)} tokens"
             )
+        if self.filtered:
+            lines.append(f"filtered out: {self.filtered:,} documents")
+        if self.duplicates:
+            lines.append(f"exact duplicates dropped: {self.duplicates:,} documents")
         if self.bad:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.bad.items()))
             lines.append(f"left out: {sum(self.bad.values())} documents ({reasons}), the first of them:")
@@ -90,285 +85,208 @@ def prepare(
     max_bad: int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    *,
+    filters: Sequence[str] = (),
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
+    shard_tokens: int | None = None,
 ) -> PrepareReport:
     """Tokenise raw text into the corpus `out`.
 
     Args:
-        inputs: .txt, .jsonl and .jsonl.gz files, folders of them, or patterns.
+        inputs: files, folders of them, or patterns: .txt, .jsonl (plain, .gz, .zst), .parquet, .arrow.
         out: the prefix of the files to write.
         tokenizer: a sentencepiece .model or a tokenizer.json.
         workers: processes that tokenise.
-        text_key: the field of a .jsonl line that holds the text.
+        text_key: the field that holds the text; ``a.b`` is b within a.
         holdout: the part of the documents (0 to 0.5) kept for validation.
         max_bad: how many documents may be left out (malformed, not UTF-8, empty, no field) before it is an
             error; None: any number.
-        overwrite: replace a corpus that is there already.
+        overwrite: replace a corpus that is there already, or an unfinished one of other inputs.
         progress: show a progress bar and a summary on stderr; None: the bar on a terminal only; False:
             neither, unless documents were left out.
+        filters: conditions on fields that a document must meet, as ``lang=en`` (`data_pipeline.filters`).
+        dedup: drop documents whose text came before; needs a shuffle, which brings equal texts together.
+        shuffle_seed: put the documents in a random order; None: keep that of the input.
+        shard_tokens: the largest size of a shard, but for a document that is larger; None: one shard.
 
     Raises DataError, one line.
     """
-    prefix = prefix_of(out)
-    if not 0 <= holdout <= 0.5:
-        raise DataError(f"holdout {holdout} is not a part of the documents; give a number from 0 to 0.5")
-    if workers < 1:
-        raise DataError(f"workers {workers} is too few; give 1 or more")
-    existing = [prefix + end for end in (".bin", ".idx", ".manifest.json") if os.path.exists(prefix + end)]
-    if existing and not overwrite:
-        raise DataError(f"{existing[0]} is there already; remove it, or choose another --out")
+    prefix, conditions = prefix_of(out), parse_filters(filters)
+    _check(holdout, workers, dedup, shuffle_seed, shard_tokens)
     files = find_inputs(inputs)
+    if conditions and any(file.endswith(".txt") for file in files):
+        raise DataError("a .txt file has no fields; filter .jsonl, .parquet or .arrow")
+    # Those that go on with an unfinished corpus find files only where it was killed while renaming.
+    there = [] if os.path.exists(os.path.join(prefix + ".partial", "state.json")) else existing(prefix)
+    if there and not overwrite:
+        raise DataError(f"{there[0]} is there already; remove it, choose another --out, or --overwrite")
     model = load_tokenizer(tokenizer)
     begun = time.monotonic()
-    command = [
-        "moe-train",
-        "prepare",
-        *map(os.fspath, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs),
-    ]
-    command += ["--out", os.path.basename(prefix), "--tokenizer", os.path.basename(os.fspath(tokenizer))]
-    command += ["--text-key", text_key] + (["--holdout", str(holdout)] if holdout else [])
-    with ExitStack() as stack:
-        corpus = stack.enter_context(_Corpus(prefix, model, holdout > 0, max_bad))
-        reader = RawReader(files)
-        results = stack.enter_context(
-            _Encoder(os.fspath(tokenizer), model, text_key, holdout, workers)
-        ).encode(reader)
-        bar = stack.enter_context(_Progress(reader, sys.stderr.isatty() if progress is None else progress))
-        for result in results:
-            corpus.add(result)
-            bar.update(corpus)
-        corpus.finish({"command": shlex.join(command), "text_key": text_key, "holdout": holdout})
-    report = corpus.report(time.monotonic() - begun)
+    options: dict[str, Any] = {
+        "text_key": text_key,
+        "holdout": holdout,
+        "filters": list(filters),
+        "dedup": dedup,
+        "shuffle_seed": shuffle_seed,
+        "shard_tokens": shard_tokens,
+    }
+    settings = options | {"inputs": _identities(files), "tokenizer": model.fingerprint()}
+    fields = [text_key, *(condition.field for condition in conditions)]
+    spool = Spool(
+        prefix + ".partial",
+        settings,
+        dtype_for(model.vocab_size),
+        buckets=_buckets(files),
+        seed=shuffle_seed,
+        by_content=dedup,
+        discard=overwrite,
+    )
+    remove = False
+    try:
+        with ExitStack() as stack:
+            encoder = Encoder(os.fspath(tokenizer), model, text_key, conditions, workers)
+            _fill(spool, stack, RawReader(files, fields, spool.after), encoder, max_bad, progress)
+        if not spool.documents:
+            remove = True
+            raise DataError(f"{prefix}: the inputs hold no usable document ({_why(spool)}); check them")
+        command = _command(inputs, prefix, tokenizer, options)
+        report = _assemble(prefix, spool, model, options, command)
+        remove = True
+    except DataError:
+        remove = remove or not spool.resumable  # hours of work are not thrown away for a mistake that can be mended
+        raise
+    finally:
+        spool.close(remove)
+    report.seconds = time.monotonic() - begun
     if progress is not False or report.bad:
         print(report.summary(), file=sys.stderr)
     return report
 
 
-# --- encoding, in this process or in several
+def _check(
+    holdout: float, workers: int, dedup: bool, shuffle_seed: int | None, shard_tokens: int | None
+) -> None:
+    if not 0 <= holdout <= 0.5:
+        raise DataError(f"holdout {holdout} is not a part of the documents; give a number from 0 to 0.5")
+    if workers < 1:
+        raise DataError(f"workers {workers} is too few; give 1 or more")
+    if dedup and shuffle_seed is None:
+        raise DataError("duplicates are found while shuffling; give a shuffle seed, or leave them in")
+    if shuffle_seed is not None and not 0 <= shuffle_seed < 2**63:
+        raise DataError(f"shuffle seed {shuffle_seed} is out of range; give 0 to 2^63 - 1")
+    if shard_tokens is not None and shard_tokens < 1:
+        raise DataError(f"shards of {shard_tokens} tokens hold nothing; give 1 or more, such as 2B")
 
 
-class _Block(NamedTuple):
-    """What a block of raw documents becomes. `held` marks the documents of the held-out split."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    held: np.ndarray
-    text_bytes: int
-    bad: list[tuple[str, int, str]]
+def _identities(files: Sequence[str]) -> list[list[Any]]:
+    """What tells whether an input is still the same file."""
+    stats = [(file, os.stat(file)) for file in files]
+    return [[os.path.abspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-class _Encoder:
-    """Encodes blocks of documents in order, a bounded number of them ahead of the writer."""
-
-    def __init__(self, path: str, model: Tokenizer, text_key: str, holdout: float, workers: int) -> None:
-        self.settings = (path, text_key, holdout)
-        self.workers = workers
-        _start_worker(*self.settings, model=model)
-        self._pool: Any = None
-
-    def __enter__(self) -> _Encoder:
-        if self.workers > 1:
-            kinds = multiprocessing.get_all_start_methods()
-            context = multiprocessing.get_context("fork" if "fork" in kinds else "spawn")
-            self._pool = context.Pool(self.workers, _start_worker, self.settings)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
-
-    def encode(self, reader: Iterable[RawDocument]) -> Iterator[_Block]:
-        if self._pool is None:
-            yield from map(_encode_block, _blocks(reader))
-            return
-        waiting: deque[Any] = deque()
-        for block in _blocks(reader):
-            waiting.append(self._pool.apply_async(_encode_block, (block,)))
-            if len(waiting) > 3 * self.workers:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+def _buckets(files: Sequence[str]) -> int:
+    """A power of two, from the inputs alone."""
+    packed = (".gz", ".zst", ".parquet")
+    size = sum(os.path.getsize(file) * (4 if file.endswith(packed) else 1) for file in files)
+    return min(_MOST_BUCKETS, 1 << max(0, -(-size // BUCKET_BYTES) - 1).bit_length())
 
 
-def _blocks(reader: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    block: list[RawDocument] = []
-    size = 0
-    for raw in reader:
-        block.append(raw)
-        size += len(raw.data)
-        if size >= _BLOCK_BYTES or len(block) >= _BLOCK_DOCUMENTS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+def _fill(
+    spool: Spool,
+    stack: ExitStack,
+    reader: RawReader,
+    encoder: Encoder,
+    max_bad: int | None,
+    progress: bool | None,
+) -> None:
+    """The first step: encode what the spool has not got yet."""
+    _check_bad(spool, max_bad)
+    if spool.complete:
+        return
+    if spool.documents and progress is not False:
+        print(f"{spool.folder}: goes on after {spool.documents:,} documents", file=sys.stderr)
+    stack.enter_context(encoder)
+    bar = stack.enter_context(_Progress(reader, spool, sys.stderr.isatty() if progress is None else progress))
+    for block in encoder.encode(reader):
+        spool.add(block, max_bad)
+        bar.update()
+    spool.save(complete=True)
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(path: str, text_key: str, holdout: float, model: Tokenizer | None = None) -> None:
-    model = model or load_tokenizer(path)
-    _worker.update(
-        model=model, text_key=text_key, limit=int(holdout * 2**64), dtype=dtype_for(model.vocab_size)
-    )
-
-
-def _encode_block(block: list[RawDocument]) -> _Block:
-    documents = [understand(raw, _worker["text_key"]) for raw in block]
-    good = [document.text for document in documents if document.text is not None]
-    bad = [(d.file, d.line, d.problem) for d in documents if d.problem is not None]
-    model, dtype = _worker["model"], _worker["dtype"]
-    encoded = [[*ids, model.eos_id] for ids in model.encode_many(good)]
-    flat = np.fromiter(chain.from_iterable(encoded), np.int64)
-    if len(flat) and not 0 <= flat.min() <= flat.max() < model.vocab_size:
+def _check_bad(spool: Spool, max_bad: int | None) -> None:
+    if max_bad is not None and sum(spool.bad.values()) > max_bad:
         raise DataError(
-            f"the tokenizer gave id {flat.max()}, outside its own vocabulary of "
-            f"{model.vocab_size}; it is damaged"
+            f"{spool.examples[-1]}; more than {max_bad} bad documents; mend the input or raise --max-bad"
         )
-    raw_texts = [text.encode("utf-8") for text in good]
-    return _Block(
-        flat.astype(dtype),
-        np.array([len(ids) for ids in encoded], np.int64),
-        np.array([xxhash.xxh3_64_intdigest(text) < _worker["limit"] for text in raw_texts], bool),
-        sum(map(len, raw_texts)),
-        bad,
+
+
+def _why(spool: Spool) -> str:
+    reasons = [f"{count} x {reason}" for reason, count in sorted(spool.bad.items())]
+    reasons += [f"{spool.filtered} x filtered out"] * bool(spool.filtered)
+    return ", ".join(reasons) or "they are empty"
+
+
+def _assemble(
+    prefix: str, spool: Spool, model: Tokenizer, options: dict[str, Any], command: str
+) -> PrepareReport:
+    """The second step: the spool's documents into shards. After a kill it begins again: it only copies."""
+    with Corpus(
+        prefix,
+        dtype_for(model.vocab_size),
+        model.vocab_size,
+        holdout=options["holdout"],
+        shard_tokens=options["shard_tokens"],
+        dedup=options["dedup"],
+    ) as corpus:
+        corpus.fill(spool)
+        corpus.finish(
+            {
+                "vocab_size": model.vocab_size,
+                "dtype": str(dtype_for(model.vocab_size)),
+                "tokenizer": {"xxh3_128": model.fingerprint(), "eos_id": model.eos_id},
+                "bad": {"counts": dict(sorted(spool.bad.items())), "examples": spool.examples},
+                "filtered": spool.filtered,
+                "duplicates": corpus.duplicates,
+                "command": command,
+                **options,
+            }
+        )
+    return PrepareReport(
+        prefix,
+        corpus.train.report(),
+        corpus.heldout.report() if corpus.heldout else None,
+        sum(split.text_bytes for split in corpus.splits.values()),
+        dict(spool.bad),
+        spool.examples,
+        0.0,
+        spool.filtered,
+        corpus.duplicates,
     )
 
 
-# --- writing
-
-
-@dataclass
-class _Split:
-    writer: IndexedWriter
-    counts: np.ndarray
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        self.writer.add_many(ids, lengths.tolist())
-        self.counts += np.bincount(ids, minlength=len(self.counts))
-
-    def report(self) -> SplitReport:
-        return SplitReport(self.writer.num_documents, self.writer.num_tokens, unigram_entropy(self.counts))
-
-
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Nats per token of the distribution that `counts` (int[vocab_size]) describe."""
-    seen = counts[counts > 0].astype(np.float64)
-    if not len(seen):
-        return 0.0
-    total = seen.sum()
-    return math.fsum((-(seen / total) * np.log(seen / total)).tolist())
-
-
-@dataclass
-class _Corpus:
-    """The files being written. Leaving it by an exception removes them."""
-
-    prefix: str
-    model: Tokenizer
-    held_out: bool
-    max_bad: int | None
-    text_bytes: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def __enter__(self) -> _Corpus:
-        names = {"train": self.prefix} | ({"heldout": self.prefix + HELDOUT} if self.held_out else {})
-        dtype, size = dtype_for(self.model.vocab_size), self.model.vocab_size
-        self.splits = {
-            name: _Split(IndexedWriter(path, dtype), np.zeros(size, np.int64)) for name, path in names.items()
-        }
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            for split in self.splits.values():
-                split.writer.abandon()
-
-    def add(self, block: _Block) -> None:
-        for file, line, reason in block.bad:
-            self.bad[reason] += 1
-            place = f"{file}:{line}: {reason}" if line else f"{file}: {reason}"
-            if len(self.examples) < _EXAMPLES:
-                self.examples.append(place)
-            if self.max_bad is not None and sum(self.bad.values()) > self.max_bad:
-                raise DataError(
-                    f"{place}; more than {self.max_bad} bad documents; mend the input or raise max_bad"
-                )
-        self.text_bytes += block.text_bytes
-        if not self.held_out:
-            self.splits["train"].add(block.ids, block.lengths)
-            return
-        each_token = np.repeat(block.held, block.lengths)
-        self.splits["train"].add(block.ids[~each_token], block.lengths[~block.held])
-        self.splits["heldout"].add(block.ids[each_token], block.lengths[block.held])
-
-    @property
-    def documents(self) -> int:
-        return sum(split.writer.num_documents for split in self.splits.values())
-
-    @property
-    def tokens(self) -> int:
-        return sum(split.writer.num_tokens for split in self.splits.values())
-
-    def finish(self, settings: dict[str, Any]) -> None:
-        if not self.splits["train"].writer.num_documents:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.bad.items()))
-            raise DataError(
-                f"{self.prefix}: the inputs hold no usable document "
-                f"({reasons or 'they are empty'}); check them"
-            )
-        counts = sum(split.counts for split in self.splits.values())
-        splits = {name: self._describe(split) for name, split in self.splits.items()}
-        manifest = {
-            "format_version": MANIFEST_VERSION,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.text_bytes,
-            "vocab_size": self.model.vocab_size,
-            "max_token_id": int(np.flatnonzero(counts).max()),
-            "dtype": str(dtype_for(self.model.vocab_size)),
-            "tokenizer": {"xxh3_128": self.model.fingerprint(), "eos_id": self.model.eos_id},
-            "splits": splits,
-            "bad": {"counts": dict(sorted(self.bad.items())), "examples": self.examples},
-            **settings,
-        }
-        target = Path(self.prefix + ".manifest.json")
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        target.unlink(missing_ok=True)
-        for end in (".bin", ".idx"):
-            Path(self.prefix + HELDOUT + end).unlink(
-                missing_ok=True
-            )  # of an earlier corpus with a held-out split
-        for split in self.splits.values():
-            split.writer.publish()
-        os.replace(partial, target)
-
-    def _describe(self, split: _Split) -> dict[str, Any]:
-        files = split.writer.finish()
-        return vars(split.report()) | {
-            "files": {os.path.basename(path): facts for path, facts in files.items()}
-        }
-
-    def report(self, seconds: float) -> PrepareReport:
-        train, heldout = self.splits["train"].report(), self.splits.get("heldout")
-        return PrepareReport(
-            self.prefix,
-            train,
-            heldout.report() if heldout else None,
-            self.text_bytes,
-            dict(self.bad),
-            self.examples,
-            seconds,
-        )
+def _command(inputs: Any, prefix: str, tokenizer: Any, options: dict[str, Any]) -> str:
+    """The command that makes this corpus again, but for the folder."""
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+    command = ["moe-train", "prepare", *map(os.fspath, given)]
+    command += ["--out", os.path.basename(prefix), "--tokenizer", os.path.basename(os.fspath(tokenizer))]
+    command += ["--text-key", options["text_key"]]
+    command += ["--holdout", str(options["holdout"])] if options["holdout"] else []
+    for condition in options["filters"]:
+        command += ["--filter", condition]
+    command += ["--dedup"] if options["dedup"] else []
+    seed, size = options["shuffle_seed"], options["shard_tokens"]
+    command += ["--no-shuffle"] if seed is None else ["--shuffle-seed", str(seed)]
+    command += ["--shard-tokens", str(size)] if size is not None else []
+    return shlex.join(command)
 
 
 class _Progress:
-    """A progress bar over the bytes of the inputs, with documents/s and tokens/s."""
+    """A progress bar over the bytes of the inputs, with documents/s, tokens/s and the time that remains."""
 
-    def __init__(self, reader: RawReader, shown: bool) -> None:
-        self.reader, self.shown, self._begun = reader, shown, time.monotonic()
+    def __init__(self, reader: RawReader, spool: Spool, shown: bool) -> None:
+        self.reader, self.spool, self.shown, self._begun = reader, spool, shown, time.monotonic()
+        self._before = spool.documents, spool.tokens
 
     def __enter__(self) -> _Progress:
         if self.shown:
@@ -386,11 +304,12 @@ class _Progress:
             self._task = self._bar.add_task("tokenise", total=max(1, self.reader.total_bytes), rate="")
         return self
 
-    def update(self, corpus: _Corpus) -> None:
+    def update(self) -> None:
         if self.shown:
             seconds = max(1e-9, time.monotonic() - self._begun)
-            tokens = format_count(corpus.tokens / seconds, 1)
-            rate = f"{corpus.documents / seconds:,.0f} documents/s, {tokens} tokens/s"
+            documents = (self.spool.documents - self._before[0]) / seconds
+            tokens = format_count((self.spool.tokens - self._before[1]) / seconds, 1)
+            rate = f"{documents:,.0f} documents/s, {tokens} tokens/s"
             self._bar.update(self._task, completed=self.reader.bytes_read, rate=rate)
 
     def __exit__(self, *_: object) -> None:

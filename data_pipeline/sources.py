@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,7 @@ from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import MixtureConfig
 
+_SHARD = re.compile(r"(.*)-\d{5}", re.DOTALL)
 _SAMPLED_BLOCKS, _BLOCK = 64, 4096
 
 
@@ -174,8 +176,15 @@ def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, toke
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
-    """``PREFIX.manifest.json`` as `prepare` wrote it, or None where there is none (files of other tools)."""
+    """The manifest that `prepare` wrote, or None where there is none (files of other tools).
+
+    It is ``PREFIX.manifest.json``; the shards ``CORPUS-00000``, ``CORPUS-00001``, ... have ``CORPUS.manifest.json``
+    together.
+    """
     path = Path(prefix + ".manifest.json")
+    together = _SHARD.fullmatch(prefix)
+    if together and not path.exists():
+        path = Path(together[1] + ".manifest.json")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_pipeline import prepare as module
+from data_pipeline import encode as module
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.heldout import open_heldout
 from data_pipeline.indexed import IndexedReader
@@ -88,7 +88,7 @@ def test_documents_come_out_as_they_went_in(folder: Path, tmp_path: Path) -> Non
 def test_any_number_of_workers_gives_the_same_bytes(
     folder: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_DOCUMENTS", 7)  # many blocks, so that workers overtake each other
+    monkeypatch.setattr(module, "BLOCK_DOCUMENTS", 7)  # many blocks, so that workers overtake each other
     prepare([folder / "raw.jsonl"], tmp_path / "one" / "out", folder / "tok.model", holdout=0.2)
     prepare(
         [folder / "raw.jsonl"], tmp_path / "many" / "out", folder / "tok.model", workers=workers, holdout=0.2

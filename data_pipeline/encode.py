@@ -1,0 +1,153 @@
+"""Blocks of raw documents to token ids, in this process or in several; they come out in the order they went in."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from data_pipeline.documents import FILTERED, RawDocument, understand
+from data_pipeline.errors import DataError
+from data_pipeline.filters import Filter
+from data_pipeline.indexed import dtype_for
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+BLOCK_BYTES, BLOCK_DOCUMENTS = 1 << 19, 1024
+_PR_SET_PDEATHSIG = 1
+
+
+class Block(NamedTuple):
+    """What a block of raw documents becomes.
+
+    Attributes:
+        ids, lengths: the tokens of its usable documents one after another, and how many each has.
+        hashes: uint64[n, 2], of each text xxh3-64 and the high half of xxh3-128 (for texts above 240 bytes, these
+            two are xxh3-128).
+        text_bytes: int64[n].
+        bad: (file, line, reason) of the documents left out, without those that a filter left out.
+        filtered: how many a filter left out.
+        end: (file, line) of the block's last document.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    text_bytes: np.ndarray
+    bad: list[tuple[str, int, str]]
+    filtered: int
+    end: tuple[str, int]
+
+
+class Encoder:
+    """Encodes blocks in order, a bounded number of them ahead of the consumer.
+
+        with Encoder("tok.model", model, "text", (), workers=8) as encoder:
+            for block in encoder.encode(reader): ...
+    """
+
+    def __init__(
+        self, path: str, model: Tokenizer, text_key: str, filters: Sequence[Filter], workers: int
+    ) -> None:
+        self.settings = (path, text_key, tuple(filters))
+        self.workers = workers
+        _start_worker(*self.settings, model=model)
+        self._pool: Any = None
+
+    def __enter__(self) -> Encoder:
+        if self.workers > 1:
+            kinds = multiprocessing.get_all_start_methods()
+            context = multiprocessing.get_context("fork" if "fork" in kinds else "spawn")
+            self._pool = context.Pool(self.workers, _start_process, (os.getpid(), *self.settings))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()
+
+    def encode(self, reader: Iterable[RawDocument]) -> Iterator[Block]:
+        """The blocks of `reader`'s documents."""
+        if self._pool is None:
+            yield from map(_encode_block, _blocks(reader))
+            return
+        waiting: deque[Any] = deque()
+        for block in _blocks(reader):
+            waiting.append(self._pool.apply_async(_encode_block, (block,)))
+            if len(waiting) > 3 * self.workers:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+def _blocks(reader: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    block: list[RawDocument] = []
+    size = 0
+    for raw in reader:
+        block.append(raw)
+        size += raw.size
+        if size >= BLOCK_BYTES or len(block) >= BLOCK_DOCUMENTS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_process(parent: int, path: str, text_key: str, filters: Sequence[Filter]) -> None:
+    """Begin a worker, which ends with its parent however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
+    _start_worker(path, text_key, filters)
+
+
+def _start_worker(
+    path: str, text_key: str, filters: Sequence[Filter], model: Tokenizer | None = None
+) -> None:
+    model = model or _worker.get("model") or load_tokenizer(path)  # a forked process has it already
+    _worker.update(model=model, text_key=text_key, filters=filters, dtype=dtype_for(model.vocab_size))
+
+
+def _encode_block(block: list[RawDocument]) -> Block:
+    documents = [understand(raw, _worker["text_key"], _worker["filters"]) for raw in block]
+    good = [document.text for document in documents if document.text is not None]
+    bad = [(d.file, d.line, d.problem) for d in documents if d.problem not in (None, FILTERED)]
+    filtered = sum(document.problem == FILTERED for document in documents)
+    model, dtype = _worker["model"], _worker["dtype"]
+    encoded = model.encode_many(good)
+    lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int64, len(encoded))
+    flat = np.full(int(lengths.sum()), model.eos_id, np.int64)
+    start = 0
+    for ids in encoded:
+        flat[start : start + len(ids)] = ids
+        start += len(ids) + 1
+    if len(flat) and not 0 <= flat.min() <= flat.max() < model.vocab_size:
+        raise DataError(
+            f"the tokenizer gave id {flat.max()}, outside its own vocabulary of "
+            f"{model.vocab_size}; it is damaged"
+        )
+    texts = [text.encode("utf-8") for text in good]
+    hashes = np.empty((len(texts), 2), np.uint64)
+    for row, text in enumerate(texts):
+        hashes[row] = xxhash.xxh3_64_intdigest(text), xxhash.xxh3_128_intdigest(text) >> 64
+    return Block(
+        flat.astype(dtype),
+        lengths,
+        hashes,
+        np.fromiter(map(len, texts), np.int64, len(texts)),
+        bad,
+        filtered,
+        (block[-1].file, block[-1].line),
+    )

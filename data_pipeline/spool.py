@@ -1,0 +1,258 @@
+"""What `prepare` keeps on disk while it works: the encoded documents in buckets, and where it is in its input.
+
+A bucket holds the documents whose random key begins with its number, so that sorting bucket after bucket sorts the
+whole corpus: an external shuffle of bounded memory. ``PREFIX.partial/`` holds for each bucket its tokens and one
+record a document, and ``state.json``: how long every file was, and the last document that went in, when all of
+it was last flushed to disk. After a kill the files are cut to those lengths and the input goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.encode import Block
+from data_pipeline.errors import DamagedDataError, DataError
+from data_pipeline.order import _GOLDEN, _mix
+
+BUFFER_BYTES = 1 << 26  # held in memory, all buckets together
+CHECKPOINT_SECONDS = 20.0
+EXAMPLES = 100  # bad documents that are named
+_STATE_VERSION = 1
+
+RECORD = np.dtype(
+    [("key", "<u8"), ("hash", "<u8", (2,)), ("length", "<i8"), ("text_bytes", "<i8")]
+)
+"""A document: its place in the order, the hashes of its text, its tokens, the bytes of its text."""
+
+
+class Spool:
+    """The buckets of one corpus, opened anew or where a killed start left them.
+
+    Attributes: ``documents`` (that went in), ``tokens``, ``bad`` (count of each reason), ``examples``,
+    ``filtered``, ``after`` (file and line of the last document of the input that is in), ``complete``.
+
+    Args:
+        folder: ``PREFIX.partial``.
+        settings: all that the result depends on; a folder of others is refused, or removed with `discard`.
+        seed: of the shuffle; None keeps the order of the input (one bucket).
+        by_content: order by a hash of the text, not of the number, so that equal texts meet.
+
+    Raises DataError when another process works there.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        settings: Mapping[str, Any],
+        dtype: np.dtype,
+        *,
+        buckets: int,
+        seed: int | None,
+        by_content: bool = False,
+        discard: bool = False,
+    ) -> None:
+        self.folder, self.dtype = Path(folder), dtype
+        self.buckets = buckets if seed is not None else 1
+        self._seed, self._by_content = seed, by_content
+        self._settings = json.loads(json.dumps(settings))
+        self.documents = self.tokens = self.filtered = 0
+        self.bad: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.after: tuple[str, int] | None = None
+        self.complete = False
+        self._lengths = [[0, 0] for _ in range(self.buckets)]  # bytes of tokens and of records on disk
+        self._buffers: list[tuple[list[bytes], list[bytes]]] = [([], []) for _ in range(self.buckets)]
+        self._held = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
+        except OSError:
+            self._lock.close()
+            raise DataError(f"{folder}: another prepare is at work there; wait for it, or stop it") from None
+        try:
+            self._open(discard)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._saved, self._saving = time.monotonic(), 0.0
+
+    def _open(self, discard: bool) -> None:
+        state = self._read_state()
+        if state is not None and state["settings"] != self._settings:
+            if not discard:
+                changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
+                raise DataError(
+                    f"{self.folder}: holds an unfinished corpus of other {' and '.join(changed) or 'settings'}; "
+                    "go on with those, or start again with --overwrite"
+                )
+            state = None
+        if state is None:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            return
+        self.documents, self.tokens, self.filtered = state["documents"], state["tokens"], state["filtered"]
+        self.bad, self.examples = Counter(state["bad"]), state["examples"]
+        self.after = tuple(state["after"]) if state["after"] else None
+        self.complete, self._lengths = state["complete"], state["lengths"]
+        for bucket in range(self.buckets):
+            for path, size in zip(self._paths(bucket), self._lengths[bucket], strict=True):
+                if size and (not path.exists() or path.stat().st_size < size):
+                    raise DamagedDataError(f"{path}: was cut short; remove {self.folder} and prepare again")
+                if path.exists():
+                    os.truncate(path, size)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DamagedDataError(
+                f"{self.folder}/state.json: cannot be read ({error}); remove the folder and prepare again"
+            ) from None
+        return state if state.get("version") == _STATE_VERSION else {"settings": {}}
+
+    def _paths(self, bucket: int) -> tuple[Path, Path]:
+        return self.folder / f"{bucket:04d}.tokens", self.folder / f"{bucket:04d}.records"
+
+    # --- filling
+
+    def add(self, block: Block, max_bad: int | None = None) -> None:
+        """Take a block of documents, the next of the input. Raises DataError above `max_bad` bad ones in all."""
+        for file, line, reason in block.bad:
+            self.bad[reason] += 1
+            if max_bad is not None and sum(self.bad.values()) > max_bad:
+                raise DataError(
+                    f"{place(file, line, reason)}; more than {max_bad} bad documents; "
+                    "mend the input or raise --max-bad"
+                )
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(place(file, line, reason))
+        records = np.empty(len(block.lengths), RECORD)
+        records["key"] = self._keys(block)
+        records["hash"], records["length"] = block.hashes, block.lengths
+        records["text_bytes"] = block.text_bytes
+        if self.buckets == 1:
+            self._buffer(0, block.ids, records)
+        else:
+            bucket = (records["key"] >> np.uint64(65 - self.buckets.bit_length())).astype(np.int64)
+            each_token = np.repeat(bucket, block.lengths)
+            order, token_order = np.argsort(bucket, kind="stable"), np.argsort(each_token, kind="stable")
+            present, first = np.unique(bucket[order], return_index=True)
+            token_first = np.searchsorted(each_token[token_order], present)
+            parts = np.split(records[order], first[1:]), np.split(block.ids[token_order], token_first[1:])
+            for number, part, ids in zip(present.tolist(), *parts):
+                self._buffer(number, ids, part)
+        self.documents += len(records)
+        self.tokens += len(block.ids)
+        self.filtered += block.filtered
+        self.after = block.end
+        if self._held > BUFFER_BYTES:
+            self._flush()
+        # at most a twentieth of the time goes into flushing to disk
+        if time.monotonic() - self._saved > max(CHECKPOINT_SECONDS, 20 * self._saving):
+            self.save()
+
+    def _keys(self, block: Block) -> np.ndarray:
+        numbers = np.arange(self.documents, self.documents + len(block.lengths), dtype=np.uint64)
+        if self._seed is None:
+            return numbers
+        with np.errstate(over="ignore"):
+            seed = _mix(np.array([self._seed], np.uint64) + _GOLDEN)
+            return _mix(seed ^ block.hashes[:, 0]) if self._by_content else _mix(seed + numbers * _GOLDEN)
+
+    def _buffer(self, bucket: int, ids: np.ndarray, records: np.ndarray) -> None:
+        for kept, data in zip(self._buffers[bucket], (ids.tobytes(), records.tobytes()), strict=True):
+            kept.append(data)
+            self._held += len(data)
+
+    def _flush(self) -> None:
+        for bucket, buffers in enumerate(self._buffers):
+            for which, (path, kept) in enumerate(zip(self._paths(bucket), buffers, strict=True)):
+                if kept:
+                    with open(path, "ab") as file:
+                        file.write(b"".join(kept))
+                    self._lengths[bucket][which] += sum(map(len, kept))
+                    kept.clear()
+        self._held = 0
+
+    def save(self, complete: bool = False) -> None:
+        """Flush everything to disk, and note that what is here is here; `complete`: the input has ended."""
+        begun = time.monotonic()
+        self._flush()
+        for bucket in range(self.buckets):
+            for path, size in zip(self._paths(bucket), self._lengths[bucket], strict=True):
+                if size:
+                    _sync(path)
+        self.complete = complete
+        state = {
+            "version": _STATE_VERSION,
+            "settings": self._settings,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "filtered": self.filtered,
+            "bad": dict(self.bad),
+            "examples": self.examples,
+            "after": self.after,
+            "complete": complete,
+            "lengths": self._lengths,
+        }
+        partial = self.folder / "state.json.partial"
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, self.folder / "state.json")
+        self._saved = time.monotonic()
+        self._saving = self._saved - begun
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a later start can go on from here."""
+        return (self.folder / "state.json").exists()
+
+    # --- emptying
+
+    def bucket(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of one bucket: the records in order, where each document's tokens begin, the tokens (mapped)."""
+        tokens_path, records_path = self._paths(number)
+        if not self._lengths[number][1]:
+            return np.empty(0, RECORD), np.empty(0, np.int64), np.empty(0, self.dtype)
+        records = np.fromfile(records_path, RECORD)
+        starts = np.cumsum(records["length"]) - records["length"]
+        tokens = np.memmap(tokens_path, self.dtype, "r").view(np.ndarray)
+        order = np.argsort(records["key"], kind="stable")  # equal keys stay in the order of the input
+        return records[order], starts[order], tokens
+
+    def contents(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Every bucket in order: the corpus in its final order."""
+        for number in range(self.buckets):
+            yield self.bucket(number)
+
+    def close(self, remove: bool) -> None:
+        """Let go of the folder, and remove it."""
+        if remove:
+            # the state goes first: a folder half removed is then no corpus to go on with
+            (self.folder / "state.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def place(file: str, line: int, reason: str) -> str:
+    """``file:line: reason``."""
+    return f"{file}:{line}: {reason}" if line else f"{file}: {reason}"
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,246 @@
+"""A whole corpus: every kind of input, filters, duplicates, a shuffle in buckets, shards, and kills at any moment."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import encode, spool
+from data_pipeline import prepare as module
+from data_pipeline.errors import DamagedDataError, DataError
+from data_pipeline.filters import parse_filters
+from data_pipeline.indexed import IndexedReader
+from data_pipeline.mixture import MixtureConfig
+from data_pipeline.prepare import prepare
+from data_pipeline.sources import open_sources
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+from tests.data_pipeline.corpora import text
+
+TEXTS = [f"{number}: {text(number, 12 + number % 30)}" for number in range(400)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """raw/0.jsonl ... 3.jsonl with TEXTS in order, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("raw")
+    (folder / "raw").mkdir()
+    for number in range(4):
+        rows = [{"text": t, "meta": {"part": number}} for t in TEXTS[number * 100 : number * 100 + 100]]
+        (folder / "raw" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_tokenizer([folder / "raw"], folder / "tok.model", 400)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything small: many blocks, many buckets, buffers that overflow, a checkpoint after each block."""
+    monkeypatch.setattr(encode, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(module, "BUCKET_BYTES", 10_000)
+    monkeypatch.setattr(spool, "BUFFER_BYTES", 3000)
+    monkeypatch.setattr(spool, "CHECKPOINT_SECONDS", 0.0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(folder: Path, prefix: Path) -> list[str]:
+    tokenizer, reader = load_tokenizer(folder / "tok.model"), IndexedReader(prefix)
+    return [tokenizer.decode(reader.document(i)[:-1]) for i in range(reader.num_documents)]
+
+
+def test_a_shuffle_keeps_every_document(folder: Path, tmp_path: Path, small: None) -> None:
+    orders = {}
+    for name, seed in (("a", 1), ("b", 2), ("again", 1)):
+        prepare(folder / "raw", tmp_path / name, folder / "tok.model", shuffle_seed=seed)
+        orders[name] = decoded(folder, tmp_path / name)
+        assert Counter(orders[name]) == Counter(TEXTS)
+    assert orders["a"] == orders["again"] != orders["b"]
+    places = np.array([TEXTS.index(sample) for sample in orders["a"]])
+    assert abs(np.corrcoef(places, np.arange(400))[0, 1]) < 0.2  # over the whole corpus, not near by
+    assert np.mean(np.abs(np.diff(places))) > 100
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_same_bytes_for_any_workers(folder: Path, tmp_path: Path, small: None, workers: int) -> None:
+    options = dict(holdout=0.2, shuffle_seed=5, dedup=True, shard_tokens=3000, filters=["meta.part!=2"])
+    prepare(folder / "raw", tmp_path / "one" / "out", folder / "tok.model", **options)
+    prepare(folder / "raw", tmp_path / "many" / "out", folder / "tok.model", workers=workers, **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_shards_are_bounded_and_make_one_source(folder: Path, tmp_path: Path, small: None) -> None:
+    prefix = tmp_path / "out"
+    prepare(folder / "raw", prefix, folder / "tok.model", shuffle_seed=3, holdout=0.1)
+    whole = IndexedReader(prefix)
+    expected, held = whole.tokens(0, whole.num_tokens).copy(), (tmp_path / "out.heldout.bin").read_bytes()
+    prepare(
+        folder / "raw", prefix, folder / "tok.model", shuffle_seed=3, holdout=0.1, shard_tokens=2000, overwrite=True
+    )
+    assert not (tmp_path / "out.bin").exists() and (tmp_path / "out-00000.heldout.bin").read_bytes() == held
+    shards = [IndexedReader(path) for path in sorted(tmp_path.glob("out-?????.bin"))]
+    assert len(shards) > 3 and all(1500 < shard.num_tokens <= 2000 for shard in shards[:-1])
+    assert np.array_equal(np.concatenate([shard.tokens(0, shard.num_tokens) for shard in shards]), expected)
+    mixture = MixtureConfig(
+        sequence_length=32,
+        seed=0,
+        tokenizer=str(folder / "tok.model"),
+        sources={"web": {"paths": [str(tmp_path / "out-*.bin")]}},
+        phases=[{"name": "a", "tokens": 3200, "weights": {"web": 1}}],
+    )
+    assert open_sources(mixture)["web"].num_tokens == len(expected)
+    with pytest.raises(DataError, match="vocabulary has 300 ids"):  # the shared manifest is read
+        open_sources(mixture, vocab_size=300)
+    prepare(
+        folder / "raw", prefix, folder / "tok.model", shuffle_seed=3, shard_tokens=9000, overwrite=True
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    listed = json.loads((tmp_path / "out.manifest.json").read_text())["splits"]["train"]["files"]
+    assert names == {*listed, "out.manifest.json"}  # nothing is left of more and smaller shards
+
+
+def test_duplicates_go(folder: Path, tmp_path: Path, small: None) -> None:
+    doubled = tmp_path / "doubled.jsonl"
+    samples = [*TEXTS, *TEXTS[:50], *TEXTS[:50], TEXTS[0] + " "]
+    doubled.write_text("".join(json.dumps({"text": sample}) + "\n" for sample in samples))
+    report = prepare([doubled], tmp_path / "out", folder / "tok.model", dedup=True, shuffle_seed=0)
+    assert report.duplicates == 100 and report.train.documents == 401
+    assert Counter(decoded(folder, tmp_path / "out")) == Counter([*TEXTS, TEXTS[0] + " "])
+    with pytest.raises(DataError, match="give a shuffle seed"):
+        prepare([doubled], tmp_path / "other", folder / "tok.model", dedup=True)
+
+
+def test_filters(folder: Path, tmp_path: Path) -> None:
+    report = prepare(folder / "raw", tmp_path / "out", folder / "tok.model", filters=["meta.part>=1", "meta.part<3"])
+    assert decoded(folder, tmp_path / "out") == TEXTS[100:300] and report.filtered == 200 and not report.bad
+    (tmp_path / "x.txt").write_text("no fields")
+    with pytest.raises(DataError, match="has no fields"):
+        prepare([tmp_path / "x.txt"], tmp_path / "y", folder / "tok.model", filters=["a=1"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "record", "accepted"),
+    [
+        ("lang=en", {"lang": "en"}, True), ("lang = en", {"lang": b"en"}, True), ("lang!=en", {"lang": "de"}, True),
+        ("lang!=en", {}, False), ("n>1.5", {"n": 2}, True), ("n<1", {"n": "0"}, False), ("ok=true", {"ok": 1}, False),
+        ("ok=true", {"ok": True}, True), ("a.b=1", {"a": {"b": 1}}, True), ("a.b=1", {"a.b": 1}, True),
+        ('id="7"', {"id": "7"}, True), ("id=7", {"id": "7"}, False),
+    ],
+)  # fmt: skip
+def test_a_filter(condition: str, record: dict, accepted: bool) -> None:
+    assert parse_filters([condition])[0].accepts(record) is accepted
+
+
+@pytest.mark.parametrize("nonsense", ["lang", "=en", "lang=", "lang~en", "ok<true", "a=[1]"])
+def test_what_is_no_filter(nonsense: str) -> None:
+    with pytest.raises(DataError, match="filter"):
+        parse_filters([nonsense])
+
+
+def test_zstd(folder: Path, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": sample}) + "\n" for sample in TEXTS).encode()
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.jsonl.zst").write_bytes(compress(lines[:1000]) + compress(lines[1000:]))  # two frames
+    prepare([tmp_path / "a.jsonl.zst"], tmp_path / "out", folder / "tok.model")
+    assert decoded(folder, tmp_path / "out") == TEXTS
+    (tmp_path / "cut.jsonl.zst").write_bytes(compress(lines)[:-20])
+    with pytest.raises(DamagedDataError, match="cut.jsonl.zst: is damaged"):
+        prepare([tmp_path / "cut.jsonl.zst"], tmp_path / "cut", folder / "tok.model")
+
+
+def test_tables(folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    raw = [sample.encode() for sample in TEXTS]
+    raw[3], raw[5] = b"\xff\xfe", None
+    strings = pyarrow.array(raw, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"body": strings, "n": list(range(400)), "meta": [{"lang": "en"}] * 399 + [{"lang": "de"}]})
+    good = [sample for number, sample in enumerate(TEXTS[:-1]) if number not in (3, 5) and number >= 2]
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "arrow").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "parquet" / "x.parquet", row_group_size=90)
+    with pyarrow.ipc.new_stream(tmp_path / "arrow" / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table, 150)
+    (tmp_path / "arrow" / "cache-1.arrow").write_bytes(b"what a map left")
+    for kind in ("parquet", "arrow"):
+        report = prepare(
+            tmp_path / kind, tmp_path / f"{kind}-out", folder / "tok.model", text_key="body", filters=["n>=2", "meta.lang=en"]
+        )
+        assert decoded(folder, tmp_path / f"{kind}-out") == good
+        assert report.bad == {"invalid UTF-8": 1, "missing field": 1} and report.filtered == 3
+        assert report.examples[0].endswith(":4: invalid UTF-8")
+    with pytest.raises(DataError, match="has no column 'text'; it has body, n, meta: name one with --text-key"):
+        prepare(tmp_path / "parquet", tmp_path / "none", folder / "tok.model")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is no table")
+    with pytest.raises(DamagedDataError, match="bad.parquet: is damaged"):
+        prepare([tmp_path / "bad.parquet"], tmp_path / "none", folder / "tok.model")
+
+
+OPTIONS = dict(holdout=0.2, shuffle_seed=9, dedup=True, shard_tokens=4000, progress=False)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(folder: Path, tmp_path: Path, small: None) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = (folder / "raw" / "0.jsonl").read_bytes(), (folder / "raw" / "1.jsonl").read_bytes()
+    (raw / "0.jsonl").write_bytes(lines[0] * 2 + b"{broken\n")
+    (raw / "1.jsonl.gz").write_bytes(gzip.compress(lines[1] * 3))
+    (raw / "2.txt").write_text("one more\n")
+    begun = time.monotonic()
+    prepare(raw, tmp_path / "expected" / "out", folder / "tok.model", **OPTIONS)
+    whole = time.monotonic() - begun
+    expected = contents(tmp_path / "expected")
+
+    context, moments = multiprocessing.get_context("fork"), random.Random(1)
+    kills = resumed = 0
+    out = tmp_path / "killed" / "out"
+    while kills < 20:
+        call = dict(workers=1 + kills % 2, **OPTIONS)
+        process = context.Process(target=prepare, args=(raw, out, folder / "tok.model"), kwargs=call)
+        process.start()
+        process.join(moments.uniform(0, whole))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        resumed += (tmp_path / "killed" / "out.partial" / "state.json").exists()
+        manifest = tmp_path / "killed" / "out.manifest.json"
+        if manifest.exists():
+            listed = json.loads(manifest.read_text())["splits"]["train"]["files"]
+            assert all((tmp_path / "killed" / name).stat().st_size == f["bytes"] for name, f in listed.items())
+        if process.exitcode == 0:
+            assert contents(tmp_path / "killed") == expected
+            for path in (tmp_path / "killed").iterdir():
+                path.unlink()
+    assert resumed > 5  # some of the kills left something to go on with
+    finished = (tmp_path / "killed" / "out.manifest.json").exists()
+    if not finished or (tmp_path / "killed" / "out.partial" / "state.json").exists():
+        prepare(raw, out, folder / "tok.model", **OPTIONS)
+    assert {name: data for name, data in contents(tmp_path / "killed").items()} == expected
+
+
+def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes((folder / "raw" / "0.jsonl").read_bytes() + b"{broken\n" * 3)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"bad.jsonl:102: malformed line; more than 1 bad documents"):
+            prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=1)
+    with pytest.raises(DataError, match="unfinished corpus of other holdout and shuffle_seed; go on with those"):
+        prepare([bad], tmp_path / "out", folder / "tok.model", holdout=0.1, shuffle_seed=2)
+    prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=3)
+    assert "goes on after" in capsys.readouterr().err
+    assert decoded(folder, tmp_path / "out") == TEXTS[:100] and not (tmp_path / "out.partial").exists()
