@@ -159,3 +159,38 @@ def upcycle(
         learning_rate_ratio=learning_rate_ratio,
         as_json=as_json,
     )
+
+
+@app.command(context_settings=OVERRIDES)
+def layout(
+    run: Run,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    gpu: Gpu = "h100",
+    calibrate: Annotated[
+        Optional[str], typer.Option(metavar="FILE", help="metrics.jsonl of this run file on these nodes.")
+    ] = None,
+    micro_batch: Annotated[
+        Optional[List[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
+    ] = None,
+    best: Annotated[int, typer.Option(min=1, metavar="N", help="Layouts to show.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Rank every legal layout by expected speed, and give the best as a patch.
+
+    \b
+    moe-train plan layout jetmoe_8b --nodes 12 --gpu h100
+    moe-train plan layout run.yaml --nodes 2 --calibrate runs/trial/metrics.jsonl
+    """
+    from moe_train.plan.layouts import layout as show
+
+    show(
+        run,
+        list(overrides or []),
+        nodes=nodes,
+        gpu=gpu,
+        calibrate=calibrate,
+        micro_batches=micro_batch or None,
+        best=best,
+        as_json=as_json,
+    )

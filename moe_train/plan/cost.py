@@ -34,7 +34,7 @@ def cost(
         nodes: nodes of `gpu`; None: those of the run file's section launch.
         price: of one GPU for one hour.
         mfu, tokens_per_second_per_gpu, metrics: the speed (one of them): a part of the peak, a rate, or a
-            metrics.jsonl that was measured on this many GPUs. Without any, the efficiency in the hardware file.
+            metrics.jsonl that was measured on this many GPUs. Without any, what `plan layout` expects.
 
     Raises an error with ``exit_code`` 2, one line.
     """
@@ -66,9 +66,13 @@ def speed(
     flops = config.model.flops_per_token(config.mixture.sequence_length)
     if mfu is not None:
         return part(mfu, "--mfu") * hardware.peak_flops / flops, f"an MFU of {mfu:.1%}"
-    config.layout(gpus)
-    reached = hardware.compute_efficiency.value
-    return reached * hardware.peak_flops / flops, f"an MFU of {reached:.1%}, assumed in {hardware.name}.yaml"
+    from moe_train.plan.layouts import evaluate
+
+    expected = evaluate(config, config.layout(gpus), hardware)
+    return (
+        expected.tokens_per_second_per_gpu,
+        f"expected by `plan layout`'s model: an MFU of {expected.mfu:.1%}",
+    )
 
 
 def measured_rate(path: str) -> float:

@@ -1,0 +1,274 @@
+"""`moe-train plan layout`: every legal layout of a run on some nodes, the fastest that fit first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_train.config import RunConfig
+from moe_train.errors import UserError
+from moe_train.plan import shards
+from moe_train.plan.activations import Workload, dispatch_bytes, logits_bytes, stage_bytes
+from moe_train.plan.hardware import Constant, Hardware, load_hardware
+from moe_train.plan.memory import ELEMENT
+from moe_train.plan.quantities import gib, table
+from moe_train.plan.step_time import StepTime, model_flops_utilisation, step_time
+from parallel.errors import LayoutError
+from parallel.layout import Layout
+
+RECOMPUTE = ("none", "selective", "full")
+"""From the fastest to the smallest: the first that fits is taken."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A legal layout: its config, memory of the largest rank, and expected time."""
+
+    config: RunConfig
+    layout: Layout
+    bytes: int
+    bytes_worst: int
+    time: StepTime
+    mfu: float
+    tokens_per_second_per_gpu: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain units; `patch` is what to change in the run file."""
+        layout, training = self.layout, self.config.training
+        patch = {
+            "parallel": {
+                "tensor": layout.tensor,
+                "pipeline": layout.pipeline,
+                "virtual_pipeline": layout.virtual_pipeline,
+                "expert": layout.expert,
+            },
+            "training": {"micro_batch_size": training.micro_batch_size, "recompute": training.recompute},
+        }
+        return {
+            **{
+                name: getattr(layout, name)
+                for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "data")
+            },
+            **patch["training"],
+            "bytes": self.bytes,
+            "bytes_worst_case": self.bytes_worst,
+            "bubble": self.time.bubble / self.time.seconds,
+            "traffic_bytes": self.time.traffic,
+            "step_seconds": self.time.seconds,
+            "seconds": {
+                name: getattr(self.time, name)
+                for name in ("compute", "bubble", "tensor", "expert", "pipeline", "data", "update")
+            },
+            "mfu": self.mfu,
+            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
+            "patch": patch,
+        }
+
+
+def layout(
+    run: str,
+    overrides: list[str],
+    *,
+    nodes: int | None = None,
+    gpu: str = "h100",
+    calibrate: str | None = None,
+    micro_batches: list[int] | None = None,
+    best: int = 10,
+    as_json: bool = False,
+) -> None:
+    """Print the `best` layouts of a run.
+
+    Args:
+        nodes: of `gpu`; None: those of the run file's section launch.
+        calibrate: a metrics.jsonl (or a run's folder) of this run file, with its layout, on these nodes: the
+            compute efficiency of the hardware file is replaced by the one that gives its step time.
+        micro_batches: micro-batch sizes to try; None: powers of two.
+
+    Raises an error with ``exit_code`` 2, one line; also when nothing fits.
+    """
+    from moe_train.plan.run_file import load_plan
+
+    config, hardware = load_plan(run, overrides), load_hardware(gpu)
+    world = (nodes or config.launch.nodes) * hardware.node_size
+    if calibrate is not None:
+        hardware = calibrated(config, world, hardware, calibrate)
+    everything = list(candidates(config, world, hardware, micro_batches))
+    fitting = sorted(
+        (c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds
+    )
+    if not fitting:
+        raise UserError(
+            f"none of {len(everything)} layouts of {world} {hardware.name} fits: the smallest needs"
+            f" {gib(min((c.bytes for c in everything), default=0))} of {gib(hardware.usable_bytes)};"
+            " take more nodes or a smaller model"
+            if everything
+            else f"no layout divides this run over {world} {hardware.name}; choose another"
+            " training.global_batch_size or number of nodes"
+        )
+    answer = {
+        "world_size": world,
+        "gpu": hardware.name,
+        "compute_efficiency": hardware.compute_efficiency.model_dump(),
+        "legal": len(everything),
+        "fitting": len(fitting),
+        "best": [candidate.as_dict() for candidate in fitting[:best]],
+    }
+    print(json.dumps(answer) if as_json else render(answer))
+
+
+def candidates(
+    config: RunConfig, world: int, hardware: Hardware, micro_batches: list[int] | None = None
+) -> Iterator[Candidate]:
+    """Every legal layout with the least recomputation that fits (full, where none does)."""
+    batch = config.training.global_batch_size
+    sizes = micro_batches or [size for size in (1, 2, 4, 8, 16) if batch % size == 0]
+    for parallel in _divisions(config, world):
+        for size in sizes:
+            try:
+                changed = _changed(config, parallel, size, "none")
+                shape = changed.layout(world)
+            except (LayoutError, ValueError):
+                continue
+            for recompute in RECOMPUTE:
+                candidate = evaluate(_changed(config, parallel, size, recompute), shape, hardware)
+                if candidate.bytes <= hardware.usable_bytes:
+                    break
+            yield candidate
+
+
+def evaluate(config: RunConfig, shape: Layout, hardware: Hardware) -> Candidate:
+    """Memory and time of one layout with the config's micro-batch size and recomputation."""
+    training = config.training
+    sharded = config.parallel.attention_experts == "sharded"
+    work = Workload(
+        config.model,
+        shape,
+        config.mixture.sequence_length,
+        training.micro_batch_size,
+        ELEMENT[training.precision],
+        sharded,
+    )
+    count = training.global_batch_size // (training.micro_batch_size * shape.data)
+    largest = [0, 0]
+    first = None
+    for stage in sorted({0, shape.pipeline - 1}):
+        buffers = shards.buffers(config.model, shape, stage, sharded)
+        first = first or buffers
+        owned = 8 if training.precision == "fp32" else 12
+        state = sum(b.size * (work.element + 4) + b.size // b.ranks * owned for b, _ in buffers)
+        if stage == shape.pipeline - 1:
+            state += logits_bytes(work)
+        for index, worst in enumerate((False, True)):
+            kept = stage_bytes(work, stage, count, training.recompute, worst) + dispatch_bytes(work, worst)
+            largest[index] = max(largest[index], state + kept)
+    time = step_time(work, hardware, first or [], count, training.recompute)
+    rate = config.tokens_per_step / time.seconds / shape.world_size
+    mfu = model_flops_utilisation(config.model, work.sequence_length, rate, hardware)
+    return Candidate(config, shape, largest[0], largest[1], time, mfu, rate)
+
+
+def calibrated(config: RunConfig, world: int, hardware: Hardware, metrics: str) -> Hardware:
+    """The hardware with the compute efficiency that gives the measured step time of this run and layout."""
+    from scipy.optimize import brentq
+
+    from moe_train.plan.cost import measured_rate
+
+    shape = config.layout(world)
+    measured = config.tokens_per_step / measured_rate(metrics)
+
+    def with_efficiency(value: float) -> Hardware:
+        source = f"calibrated by {metrics}: {measured:.4g} s a step on {world} GPUs"
+        return hardware.model_copy(update={"compute_efficiency": Constant(value=value, source=source)})
+
+    def excess(value: float) -> float:
+        return evaluate(config, shape, with_efficiency(value)).time.seconds - measured
+
+    if excess(1.0) > 0:
+        raise UserError(
+            f"--calibrate {metrics}: {measured:.4g} s a step is less than {world} {hardware.name} could take"
+            " with all of their peak; is it from this run file, layout and number of nodes?"
+        )
+    return with_efficiency(float(brentq(excess, 1e-9, 1.0, rtol=1e-12)))
+
+
+def _divisions(config: RunConfig, world: int) -> Iterator[dict[str, int | None]]:
+    """Sizes that divide what they must; the batch is checked by `RunConfig.layout`."""
+    model = config.model
+    for tensor in _divisors(model.attention.num_kv_heads):
+        for pipeline in _divisors(model.num_layers):
+            if world % (tensor * pipeline):
+                continue
+            data = world // (tensor * pipeline)
+            for virtual in _divisors(model.num_layers // pipeline) if pipeline > 1 else [1]:
+                for expert in _divisors(model.mlp.num_experts):
+                    if (tensor * data) % expert == 0:
+                        yield {
+                            "tensor": tensor,
+                            "pipeline": pipeline,
+                            "virtual_pipeline": virtual if virtual > 1 else None,
+                            "expert": expert,
+                        }
+
+
+def _changed(config: RunConfig, parallel: dict, micro_batch: int, recompute: str) -> RunConfig:
+    training = config.training.model_copy(
+        update={"micro_batch_size": micro_batch, "recompute": recompute, "batch_size_warmup": None}
+    )
+    changed = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update=parallel), "training": training}
+    )
+    if training.global_batch_size % micro_batch:
+        raise ValueError("does not divide")
+    return changed
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def render(answer: dict[str, Any]) -> str:
+    """The best layouts as a table, and the first as a patch of the run file."""
+    import yaml
+
+    columns = [
+        "layout",
+        "VPP",
+        "EP",
+        "DP",
+        "micro-batch",
+        "recompute",
+        "memory",
+        "bubble",
+        "TP sent",
+        "EP sent",
+        "DP sent",
+    ]
+    columns += ["step", "MFU", "tokens/s/GPU"]
+    rows = [
+        [
+            f"TP{row['tensor']} PP{row['pipeline']}",
+            str(row["virtual_pipeline"] or 1),
+            str(row["expert"]),
+            str(row["data"]),
+            str(row["micro_batch_size"]),
+            row["recompute"],
+            gib(row["bytes"]),
+            f"{row['bubble']:.1%}",
+            *(f"{row['traffic_bytes'][kind] / 1e9:.1f} GB" for kind in ("tensor", "expert", "data")),
+            f"{row['step_seconds']:.2f} s",
+            f"{row['mfu']:.1%}",
+            f"{row['tokens_per_second_per_gpu']:,.0f}",
+        ]
+        for row in answer["best"]
+    ]
+    title = (
+        f"{answer['world_size']} {answer['gpu']}: {answer['fitting']} of {answer['legal']} legal layouts fit"
+    )
+    efficiency = answer["compute_efficiency"]
+    lines = [table(title, columns, rows)]
+    lines.append(f"compute efficiency {efficiency['value']:.3f}: {efficiency['source']}")
+    lines.append("the best as a patch of the run file (the micro-batch size is part of the arithmetic):")
+    lines.append(yaml.safe_dump(answer["best"][0]["patch"], sort_keys=False).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""A model of the time of one optimizer step: what is computed, what is sent, what waits.
+
+    step = (micro-batches + bubble) * (compute + exchanges of one micro-batch) + reduction + gather + update
+
+Compute is operations over ``peak * compute_efficiency``: that efficiency is the one number that
+`--calibrate` fits. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides behind the
+backward pass of the last micro-batch as far as it can; the gather of the weights and the update do not.
+Routing is taken as balanced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.model.config import ModelConfig
+from moe_train.plan.activations import Workload
+from moe_train.plan.hardware import Hardware
+from moe_train.plan.shards import Buffer
+
+UPDATE_BYTES = 34
+"""Read and written by AdamW for an element: gradient, main copy, two moments (4 bytes each, all but the gradient
+twice) and the bf16 weight, with the read of the gradient for its norm."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by part; `traffic` is bytes that one GPU sends for each kind in a step."""
+
+    seconds: float
+    compute: float
+    bubble: float
+    tensor: float
+    expert: float
+    pipeline: float
+    data: float
+    update: float
+    traffic: dict[str, float]
+
+
+def forward_flops(work: Workload, head: bool, layers: int) -> float:
+    """Operations of the forward pass of one micro-batch through some layers, and the head, on one tensor rank."""
+    model, length = work.model, work.sequence_length
+    attention, mlp, hidden = model.attention, model.mlp, model.hidden_size
+    width = attention.width
+    layer = 2 * hidden * width * (1 + attention.top_k) + attention.top_k * width * length
+    layer += mlp.top_k * 3 * hidden * mlp.ffn_hidden_size + (attention.num_experts + mlp.num_experts) * hidden
+    per_token = 2.0 * (layers * layer + (model.vocab_size * hidden if head else 0))
+    return per_token * work.whole / work.layout.tensor
+
+
+def recomputed_flops(work: Workload, recompute: str, layers: int) -> float:
+    """Forward operations that the backward pass repeats."""
+    if recompute == "none":
+        return 0.0
+    if recompute == "full":
+        return forward_flops(work, False, layers)
+    mlp = work.model.mlp
+    experts = 2.0 * mlp.top_k * 3 * work.model.hidden_size * mlp.ffn_hidden_size
+    return layers * experts * work.tokens
+
+
+def exchanged_bytes(work: Workload, recompute: str, layers: int) -> tuple[float, float]:
+    """(tensor, expert): bytes that one GPU sends for one micro-batch, forward and backward.
+
+    Tensor ranks gather the input of keys and values (and gather it again and scatter its gradient backward), and
+    trade sequence for heads around the attention. Expert ranks send and answer: MLP rows of width H; with sharded
+    attention experts the query's (H there, D back) and the output's (D there, H back).
+    """
+    model, layout, element = work.model, work.layout, work.element
+    attention, hidden, width = model.attention, model.hidden_size, model.attention.width
+    again = 1.5 if recompute == "full" else 1.0  # a third trip each way where layers run twice
+    tensor = expert = 0.0
+    if layout.tensor > 1:
+        away = (layout.tensor - 1) / layout.tensor
+        tensor = away * (3 * work.whole * hidden + 4 * work.tokens * attention.top_k * width)
+    if layout.expert > 1:
+        away = (layout.expert - 1) / layout.expert
+        expert = away * 4 * work.tokens * model.mlp.top_k * hidden
+        if work.sharded_attention:
+            expert += away * 4 * work.tokens * attention.top_k * (hidden + width)
+    return tensor * layers * element * again, expert * layers * element * again
+
+
+def reduced_bytes(buffers: list[tuple[Buffer, bool]]) -> tuple[float, float]:
+    """(gradients reduce-scattered in fp32, weights gathered in bf16): bytes one GPU sends in a step."""
+    away = sum(buffer.size * (buffer.ranks - 1) / buffer.ranks for buffer, _ in buffers)
+    return 4 * away, 2 * away
+
+
+def step_time(
+    work: Workload, hardware: Hardware, buffers: list[tuple[Buffer, bool]], micro_batches: int, recompute: str
+) -> StepTime:
+    """The expected time of a step whose slowest stage is the last one (it has the head as well).
+
+    Args:
+        buffers: those of the first stage, as `moe_train.plan.shards.buffers` gives them.
+        micro_batches: of one data rank in a step.
+    """
+    layout = work.layout
+    virtual = layout.virtual_pipeline or 1
+    layers = work.model.num_layers // layout.pipeline
+    speed = hardware.peak_flops * hardware.compute_efficiency.value
+    compute = (3 * forward_flops(work, True, layers) + recomputed_flops(work, recompute, layers)) / speed
+    tensor_bytes, expert_bytes = exchanged_bytes(work, recompute, layers)
+    tensor = tensor_bytes / hardware.bandwidth(layout.tensor)
+    expert = expert_bytes / hardware.bandwidth(layout.expert)
+    stage_ranks = layout.tensor * layout.data
+    sent_on = 0.0
+    if layout.pipeline > 1:
+        sent_on = 2.0 * work.tokens * work.model.hidden_size * work.element * virtual
+    pipeline = sent_on / hardware.bandwidth(stage_ranks + 1)
+    once = compute + tensor + expert + pipeline
+    bubble = (layout.pipeline - 1) / virtual * once
+    reduced, gathered = reduced_bytes(buffers)
+    link = hardware.bandwidth(stage_ranks)
+    exposed = max(0.0, reduced / link - 2 / 3 * compute) + gathered / link
+    owned = sum(buffer.size / buffer.ranks for buffer, _ in buffers)
+    update = owned * UPDATE_BYTES / (hardware.memory_bandwidth_gbs.value * 1e9)
+    return StepTime(
+        seconds=micro_batches * once + bubble + exposed + update,
+        compute=micro_batches * compute,
+        bubble=bubble,
+        tensor=micro_batches * tensor,
+        expert=micro_batches * expert,
+        pipeline=micro_batches * pipeline,
+        data=exposed,
+        update=update,
+        traffic={
+            "tensor": micro_batches * tensor_bytes,
+            "expert": micro_batches * expert_bytes,
+            "pipeline": micro_batches * sent_on,
+            "data": reduced + gathered,
+        },
+    )
+
+
+def model_flops_utilisation(
+    model: ModelConfig, sequence_length: int, rate_per_gpu: float, hardware: Hardware
+) -> float:
+    """Part of the peak that goes into the operations the model needs (recomputation not counted)."""
+    return model.flops_per_token(sequence_length) * rate_per_gpu / hardware.peak_flops
