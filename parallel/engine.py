@@ -50,13 +50,15 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
 
     The rendezvous is torch's ``env://`` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables the process
     is a world of one. Seeds every random generator from ``seed`` (no operation of the model draws from them; they are
-    seeded for what users add). With ``deterministic`` torch refuses operations that are not reproducible.
+    seeded for what users add). With ``deterministic`` torch takes reproducible kernels, and warns of an operation that has none.
 
     Raises:
         EngineError: megatron-core is missing or of another version, or the world has another size than the layout.
     """
     check_megatron()
     if use_cuda():
+        if deterministic:  # cuBLAS reads it when it makes its first handle
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     else:
         from parallel import cpu_backend

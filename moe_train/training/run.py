@@ -21,11 +21,11 @@ TARGET = "moe_train.training.run:train_rank"
 def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     """Train, or go on with, the run of ``config``; the exit status of the run.
 
-    Under torchrun, or as a task of srun, this process is one of the ranks; else ``nproc`` ranks are started here
-    (default: one a GPU, or one).
+    Under torchrun, or as one of several tasks of srun, this process is one of the ranks; else ``nproc`` ranks are started
+    here (default: one a GPU, or one). A single task of srun may be an interactive shell: it starts ranks like any other.
     """
     ranks = rank_environment()
-    if ranks is not None:
+    if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
         ranks.export()
         return run_rank(TARGET, _payload(config, resume), RunFolder(config.output_dir).logs)
     nproc = nproc or _local_gpus() or 1

@@ -9,6 +9,7 @@ import pytest
 from moe_train.errors import UserError
 from moe_train.training import run
 from moe_train.training.run_folder import RunFolder, now
+from parallel.spawn import SpawnResult
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
 
@@ -59,3 +60,20 @@ def test_the_groups_are_left_only_after_success(monkeypatch, fails):
     else:
         assert run._start_and_train(config, 1, "auto", 0.0, now()) == 0
     assert left == ([] if fails else [True])
+
+
+@pytest.mark.parametrize("tasks, starts_ranks", [(1, True), (2, False)])
+def test_a_single_task_of_srun_starts_ranks_like_a_shell(monkeypatch, tmp_path, tasks, starts_ranks):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("PROCID", 0), ("NTASKS", tasks), ("STEP_ID", 0), ("JOB_ID", 7)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    done = []
+    monkeypatch.setattr(run, "check_run", lambda *_: [])
+    monkeypatch.setattr(run, "completion", lambda _: None)
+    monkeypatch.setattr(run, "_payload", lambda *_: {})
+    monkeypatch.setattr(run, "run_rank", lambda *_: done.append("a rank") or 0)
+    monkeypatch.setattr(run, "spawn_ranks", lambda nproc, *_: done.append(nproc) or SpawnResult(0, ""))
+    monkeypatch.setattr(run.os, "environ", dict(run.os.environ))  # what a rank exports stays in here
+    assert run.pretrain(SimpleNamespace(output_dir=str(tmp_path)), 3, "auto") == 0
+    assert done == ([3] if starts_ranks else ["a rank"])
