@@ -40,3 +40,54 @@ def slurm(
     from launch.slurm import launch
 
     launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, dry_run=dry_run)
+
+
+@app.command("status")
+def status(
+    run_dir: RunDir,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")] = False,
+) -> None:
+    """Show state, progress, speed, restarts with their reasons, expected end and cost.
+
+    Works from the run's folder alone, also when Slurm has forgotten the job.
+
+    \b
+    moe-train launch status runs/jetmoe_8b --watch
+    """
+    from launch.status import status as show
+
+    show(run_dir, as_json=as_json, watch=watch)
+
+
+@app.command("logs")
+def logs(
+    run_dir: RunDir,
+    rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Of this rank; else of the job.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")] = False,
+    tail: Annotated[int, typer.Option(min=0, metavar="N", help="Last lines to begin with; 0: all.")] = 100,
+) -> None:
+    """Show what a run says.
+
+    \b
+    moe-train launch logs runs/jetmoe_8b --follow
+    moe-train launch logs runs/jetmoe_8b --rank 17
+    """
+    from launch.logs import logs as show
+
+    show(run_dir, rank=rank, follow=follow, tail=tail)
+
+
+@app.command("cancel")
+def cancel(
+    run_dir: RunDir,
+    now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
+) -> None:
+    """Have a run save, then end its jobs.
+
+    \b
+    moe-train launch cancel runs/jetmoe_8b
+    """
+    from launch.cancel import cancel as end
+
+    end(run_dir, now=now)
