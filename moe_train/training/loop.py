@@ -93,7 +93,7 @@ def _gradients(trainer: Trainer, batch_size: int, stop: StopRequest) -> StepFigu
     loss = trainer.stepper.train(trainer.read_micro_batches())
     norm = trainer.optimizer.gradient_norm()
     own = torch.tensor([loss / layout.tensor, float(stop.reason() is not None)], dtype=torch.float64, device=topology.device)
-    totals = topology.sum_over_world(torch.cat([own, trainer.monitor.totals]))
+    totals = topology.sum_over_world(torch.cat([own, trainer.monitor.totals])).cpu()  # at once: every figure is read below
     balance, z = trainer.monitor.losses(totals[2:], count)
     return StepFigures(float(totals[0]) / count, balance, z, norm, trainer.monitor.loads(totals[2:]), bool(totals[1] > 0))
 

@@ -76,9 +76,10 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
     Args:
         since: `now()` from the beginning of this process: an outcome older than that is of an earlier start.
     """
-    if isinstance(error, FencedError) or (is_lost_connection(error) and (rank > 0 or folder.ended_since(since))):
+    lost = is_lost_connection(error)
+    if isinstance(error, FencedError) or (lost and (rank > 0 or folder.ended_since(since))):
         return
-    text = str(error) or type(error).__name__
+    text = "lost the connection to another rank, whose log may say why" if lost else str(error) or type(error).__name__
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
 
 

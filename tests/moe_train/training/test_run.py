@@ -19,6 +19,7 @@ def test_a_lost_connection_is_no_bug(tmp_path):
     folder.start("")
     run.leave_outcome(folder, LOST, since)
     assert folder.read_outcome()["code"] == 5
+    assert folder.read_outcome()["reason"].startswith("lost the connection to another rank")
 
 
 def test_the_cause_on_another_rank_is_not_overwritten_by_its_echo(tmp_path):
