@@ -194,3 +194,32 @@ def layout(
         best=best,
         as_json=as_json,
     )
+
+
+@app.command()
+def fit(
+    runs: Annotated[List[str], typer.Argument(metavar="RUNS...", help="CSV files and run folders.")],
+    out: Annotated[Optional[str], typer.Option(metavar="LAW.json", help="Write the laws here.")] = None,
+    plot: Annotated[Optional[str], typer.Option(metavar="FILE.png", help="Draw the fit here.")] = None,
+    bootstraps: Annotated[int, typer.Option(metavar="N", help="Resamplings for the intervals.")] = 100,
+    starts: Annotated[int, typer.Option(metavar="N", help="Of the grid's 4,500 starts.")] = 60,
+    drop_highest: Annotated[int, typer.Option(metavar="N", help="Leave out runs of highest loss.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit scaling laws to runs of your own.
+
+    \b
+    moe-train plan fit runs/sweep/* --out law.json --plot law.png
+    moe-train plan fit points.csv --drop-highest 5
+    """
+    from moe_train.plan.fit import fit as show
+
+    show(
+        runs,
+        out=out,
+        plot=plot,
+        bootstraps=bootstraps,
+        starts=starts,
+        drop_highest=drop_highest,
+        as_json=as_json,
+    )
