@@ -54,10 +54,15 @@ class IndexedReader:
     Raises DataError when a file is missing, DamagedDataError when the two files do not agree.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], known: list[int] | None = None) -> None:
+        """Open a shard; `known` is what `facts` gave for the same files before: then nothing is read."""
         self.prefix = prefix_of(prefix)
         self._tokens: np.ndarray | None = None
         self._starts: np.ndarray | None = None
+        if known is not None:
+            code, self.num_tokens, self.num_sequences, self.num_documents = known
+            self.dtype = np.dtype(DTYPES[code])
+            return
         index, tokens = self.prefix + ".idx", self.prefix + ".bin"
         try:
             with open(index, "rb") as file:
@@ -74,6 +79,11 @@ class IndexedReader:
                 "or replaced: prepare it again"
             )
         self.num_tokens = bin_size // self.dtype.itemsize
+
+    @property
+    def facts(self) -> list[int]:
+        """Four numbers that stand for what opening the shard found out."""
+        return [_CODES[self.dtype], self.num_tokens, self.num_sequences, self.num_documents]
 
     def _read_header(self, header: bytes, index: str, size: int) -> None:
         if len(header) < _HEADER.size or header[:9] != MAGIC:

@@ -29,7 +29,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.filters import parse_filters
 from data_pipeline.indexed import dtype_for, prefix_of
-from data_pipeline.spool import Spool
+from data_pipeline.spool import Spool, sweep
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.units import format_count
 
@@ -120,6 +120,7 @@ def prepare(
     # Those that go on with an unfinished corpus find files only where it was killed while renaming.
     there = [] if os.path.exists(os.path.join(prefix + ".partial", "state.json")) else existing(prefix)
     if there and not overwrite:
+        sweep(prefix + ".partial")
         raise DataError(f"{there[0]} is there already; remove it, choose another --out, or --overwrite")
     model = load_tokenizer(tokenizer)
     begun = time.monotonic()

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import order
+from data_pipeline.catalogue import catalogue_of, stamp
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import MixtureConfig
@@ -148,20 +149,34 @@ def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[
 
 
 def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, tokenizer: str | None) -> Source:
-    shards, digest = [], xxhash.xxh3_128()
-    for prefix in mixture.shards(name):
-        try:
-            shard = IndexedReader(prefix)
-        except DataError as error:
-            raise type(error)(f"source {name!r}: {error}") from None
-        manifest = read_manifest(prefix)
-        if manifest is not None:
-            _check_manifest(
-                name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer
-            )
-        digest.update(shard_fingerprint(shard, manifest).encode())
-        if shard.num_tokens:
-            shards.append(shard)
+    shards, digest, hashes = [], xxhash.xxh3_128(), {}
+    prefixes, manifests = mixture.shards(name), Manifests()
+    try:
+        with catalogue_of(prefixes) as catalogue:
+            for prefix in prefixes:
+                now = stamp(prefix)
+                known = catalogue.get(prefix, now)
+                shard = IndexedReader(prefix, known["facts"] if known else None)
+                manifest = manifests.of(prefix)
+                if manifest is not None:
+                    _check_manifest(
+                        name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer
+                    )
+                    hashes[prefix] = manifest_file(manifest, prefix + ".bin")["xxh3_128"]
+                if known is None:
+                    fingerprint = shard_fingerprint(shard, manifest)
+                    known = {"stamp": now, "facts": shard.facts, "fingerprint": fingerprint, "verified": None}
+                    catalogue.put(prefix, known)
+                elif prefix in hashes:  # the manifest may be another one than then
+                    known["fingerprint"] = shard_fingerprint(shard, manifest)
+                digest.update(known["fingerprint"].encode())
+                if shard.num_tokens:
+                    shards.append(shard)
+            catalogue.verify(hashes)
+    except DataError as error:
+        if str(error).startswith("source "):
+            raise
+        raise type(error)(f"source {name!r}: {error}") from None
     if not shards:
         paths = ", ".join(mixture.sources[name].paths)
         raise DataError(f"source {name!r}: {paths} hold no tokens; prepare it from text that is not empty")
@@ -173,6 +188,21 @@ def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, toke
         fingerprint=digest.hexdigest(),
         vocab_size=vocab_size,
     )
+
+
+class Manifests:
+    """Manifests by shard; one that ten thousand shards share is read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, dict[str, Any] | None] = {}
+
+    def of(self, prefix: str) -> dict[str, Any] | None:
+        """`read_manifest` of the shard."""
+        own, together = os.path.exists(prefix + ".manifest.json"), _SHARD.fullmatch(prefix)
+        key = prefix if own or not together else together[1]
+        if key not in self._read:
+            self._read[key] = read_manifest(key)
+        return self._read[key]
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:

@@ -248,6 +248,18 @@ class Spool:
         self._lock.close()
 
 
+def sweep(folder: str) -> None:
+    """Remove a spool without state that nobody holds: what a kill left after its corpus was finished."""
+    if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, "state.json")):
+        return
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def place(file: str, line: int, reason: str) -> str:
     """``file:line: reason``."""
     return f"{file}:{line}: {reason}" if line else f"{file}: {reason}"

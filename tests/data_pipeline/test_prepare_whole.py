@@ -220,15 +220,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(folder: Path, tmp_path
         if manifest.exists():
             listed = json.loads(manifest.read_text())["splits"]["train"]["files"]
             assert all((tmp_path / "killed" / name).stat().st_size == f["bytes"] for name, f in listed.items())
-        if process.exitcode == 0:
+        if process.exitcode in (0, 1):  # whole, or killed when it was whole: then it is there already
             assert contents(tmp_path / "killed") == expected
             for path in (tmp_path / "killed").iterdir():
                 path.unlink()
     assert resumed > 5  # some of the kills left something to go on with
-    finished = (tmp_path / "killed" / "out.manifest.json").exists()
-    if not finished or (tmp_path / "killed" / "out.partial" / "state.json").exists():
+    try:
         prepare(raw, out, folder / "tok.model", **OPTIONS)
-    assert {name: data for name, data in contents(tmp_path / "killed").items()} == expected
+    except DataError as error:
+        assert "is there already" in str(error)
+    assert contents(tmp_path / "killed") == expected
 
 
 def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
