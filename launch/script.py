@@ -27,6 +27,7 @@ def render(job: Job) -> str:
         "MAX_RESTARTS": str(job.cluster.max_restarts),
         "CHAIN": "1" if job.chain > 1 else "0",
         "ENVIRONMENT": "\n".join(environment(job)),
+        "CHECK": check_command(job),
         "LAUNCH": launch_command(job),
     }
     template = resources.files("launch").joinpath("job.sbatch").read_text(encoding="utf-8")
@@ -73,24 +74,38 @@ def environment(job: Job) -> list[str]:
     return lines + list(cluster.setup)
 
 
+def check_command(job: Job) -> str:
+    """The srun that looks at the run's files as one process on one node."""
+    check = ["--dry-run", "--nproc", str(job.ranks)]
+    return _lines(["srun --nodes=1 --ntasks=1", *_container(job), f"{shlex.quote(job.python)} {shlex.join([*job.command(), *check])}"])
+
+
 def launch_command(job: Job) -> str:
-    """The srun that starts the ranks, a line an option."""
-    cluster = job.cluster
-    options = ["--kill-on-bad-exit=1", "--wait=60"]
-    if cluster.container:
-        mounted = list(cluster.container.mounts) + ([cluster.scratch] if cluster.scratch else [])
-        full = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounted]
-        options.append(f"--container-image={shlex.quote(cluster.container.image)}")
-        options += [f"--container-mounts={shlex.quote(','.join(full))}"] if full else []
-        options.append(f"--container-workdir={shlex.quote(job.inside(job.submit_dir))}")
-    python = shlex.quote(job.python)
+    """The srun that starts the ranks."""
+    cluster, python = job.cluster, shlex.quote(job.python)
     if cluster.launcher == "torchrun":
         python += (
-            f' -m torch.distributed.run --nnodes={job.nodes} --nproc-per-node={cluster.ranks_per_node}'
+            f" -m torch.distributed.run --nnodes={job.nodes} --nproc-per-node={cluster.ranks_per_node}"
             ' --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$RESTART"'
         )
-    lines = [f"srun {' '.join(options[:2])}", *options[2:], f"{python} {shlex.join(job.command())}"]
-    return " \\\n  ".join(lines)
+    return _lines(["srun --kill-on-bad-exit=1 --wait=60", *_container(job), f"{python} {shlex.join(job.command())}"])
+
+
+def _container(job: Job) -> list[str]:
+    """pyxis' options of srun."""
+    container, scratch = job.cluster.container, job.cluster.scratch
+    if container is None:
+        return []
+    mounts = [*container.mounts, *([scratch] if scratch else [])]
+    full = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+    options = [f"--container-image={shlex.quote(container.image)}"]
+    options += [f"--container-mounts={shlex.quote(full)}"] if full else []
+    return [*options, f"--container-workdir={shlex.quote(job.inside(job.submit_dir))}"]
+
+
+def _lines(parts: list[str]) -> str:
+    """A long command, a line an option."""
+    return " \\\n  ".join(parts)
 
 
 def slurm_time(seconds: float) -> str:
