@@ -223,3 +223,30 @@ def fit(
         drop_highest=drop_highest,
         as_json=as_json,
     )
+
+
+@app.command()
+def sweep(
+    budgets: Annotated[List[str], typer.Argument(metavar="BUDGETS...", help="Operations of a run, 6ND.")],
+    base: Annotated[str, typer.Option(metavar="RUN.yaml", help="What the runs have in common.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the run files.")],
+    sizes: Annotated[int, typer.Option(metavar="N", help="Models of each budget.")] = 7,
+    around: Annotated[
+        Optional[str], typer.Option(metavar="N", help="Active parameters in the middle; else by the law.")
+    ] = None,
+    sparsity: Annotated[
+        Optional[List[float]], typer.Option(metavar="S", help="Also vary the sparsity; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the run files of a sweep, ready to launch.
+
+    \b
+    moe-train plan sweep 1e13 3e13 1e14 --base demo --out runs/sweep --around 1M
+    moe-train plan sweep 1e14 --base demo --out runs/sparse --sparsity 0 --sparsity 0.5 --sparsity 0.75
+    """
+    from moe_train.plan.sweep import sweep as write
+
+    write(
+        budgets, base=base, out=out, sizes=sizes, around=around, sparsities=sparsity or None, as_json=as_json
+    )

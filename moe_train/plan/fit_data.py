@@ -128,15 +128,15 @@ def _from_folder(folder: Path) -> Run:
 
 
 def smoothed(points: list[tuple[float, float]], width: float = 0.05) -> tuple[tuple[float, float], ...]:
-    """Running means of the losses over the last `width` of the steps before each point, warm-up left out."""
+    """Running means of the losses over windows of `width` of the steps, at the tokens of their middles."""
     window = max(1, round(width * len(points)))
     result, total = [], 0.0
-    for index, (tokens, loss) in enumerate(points):
+    for index, (_, loss) in enumerate(points):
         total += loss
         if index >= window:
             total -= points[index - window][1]
         if index + 1 >= window:
-            result.append((tokens, total / window))
+            result.append((points[index - window // 2][0], total / window))
     return tuple(result)
 
 
