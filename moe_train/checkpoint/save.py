@@ -99,6 +99,11 @@ class Checkpointer:
         if not self.config.async_save:
             self.wait()
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes in the background."""
+        return self._save is not None and self._save.is_alive()
+
     def wait(self) -> None:
         """Until the save in flight, if any, is on disk on every rank and committed, or has failed on all. Every rank calls it.
 
