@@ -50,7 +50,7 @@ def compute_optimal(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what size and how many tokens a budget is best spent on.
+    """Say how a budget is best spent.
 
     \b
     moe-train plan compute-optimal --flops 5.76e23
@@ -81,7 +81,7 @@ def memory(
     gpu: Gpu = "h100",
     as_json: AsJson = False,
 ) -> None:
-    """Show the bytes of each rank, part by part, and whether they fit.
+    """Show the bytes of each rank, part by part.
 
     \b
     moe-train plan memory jetmoe_8b --nodes 12
@@ -110,7 +110,7 @@ def cost(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run takes: days, GPU-hours, money, energy, disk.
+    """Say what a run takes in days and money.
 
     \b
     moe-train plan cost jetmoe_8b --nodes 12 --price 2.0 --tokens-per-second 11574
@@ -145,7 +145,7 @@ def upcycle(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether to start from a dense checkpoint or from scratch.
+    """Say whether to reuse a dense checkpoint.
 
     \b
     moe-train plan upcycle --dense-tokens 2T --moe-tokens 500B
@@ -176,7 +176,7 @@ def layout(
     best: Annotated[int, typer.Option(min=1, metavar="N", help="Layouts to show.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Rank every legal layout by expected speed, and give the best as a patch.
+    """Rank every legal layout by expected speed.
 
     \b
     moe-train plan layout jetmoe_8b --nodes 12 --gpu h100
@@ -239,7 +239,7 @@ def sweep(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the run files of a sweep, ready to launch.
+    """Write the run files of a sweep.
 
     \b
     moe-train plan sweep 1e13 3e13 1e14 --base demo --out runs/sweep --around 1M
