@@ -42,6 +42,25 @@ def slurm(
     launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, dry_run=dry_run)
 
 
+@app.command("local", context_settings=OVERRIDES)
+def local(
+    run: RunFile,
+    overrides: Overrides = None,
+    nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start.")] = None,
+    max_restarts: Annotated[
+        Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
+    ] = None,
+) -> Optional[int]:
+    """Train on this machine, and start again after failures.
+
+    \b
+    moe-train launch local configs/run/demo.yaml --nproc 2
+    """
+    from launch.local import launch
+
+    return launch(run, list(overrides or []), nproc=nproc, max_restarts=max_restarts)
+
+
 @app.command("status")
 def status(
     run_dir: RunDir,

@@ -30,6 +30,7 @@ class Journal:
 
     def note(self, kind: str, **details: Any) -> None:
         """Note a start or an end, as the batch script does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self.folder / "starts.jsonl", {"kind": kind, "time": now(), **details})
 
     def jobs(self) -> list[dict[str, Any]]:
