@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import HELDOUT, MixtureConfig
-from data_pipeline.sources import read_manifest
+from data_pipeline.sources import Manifests
 
 
 class HeldOut:
@@ -82,8 +82,9 @@ def source_entropy(prefixes: Sequence[str]) -> float | None:
     several.
     """
     weights, values = [], []
+    manifests = Manifests()
     for prefix in prefixes:
-        split = ((read_manifest(prefix) or {}).get("splits") or {}).get("train")
+        split = ((manifests.of(prefix) or {}).get("splits") or {}).get("train")
         if split is None:
             return None
         weights.append(split["tokens"])

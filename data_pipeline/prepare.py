@@ -134,15 +134,18 @@ def prepare(
     }
     settings = options | {"inputs": _identities(files), "tokenizer": model.fingerprint()}
     fields = [text_key, *(condition.field for condition in conditions)]
-    spool = Spool(
-        prefix + ".partial",
-        settings,
-        dtype_for(model.vocab_size),
-        buckets=_buckets(files),
-        seed=shuffle_seed,
-        by_content=dedup,
-        discard=overwrite,
-    )
+    try:
+        spool = Spool(
+            prefix + ".partial",
+            settings,
+            dtype_for(model.vocab_size),
+            buckets=_buckets(files),
+            seed=shuffle_seed,
+            by_content=dedup,
+            discard=overwrite,
+        )
+    except OSError as error:
+        raise _unwritable(prefix, error) from None
     remove = False
     try:
         with ExitStack() as stack:
@@ -157,12 +160,19 @@ def prepare(
     except DataError:
         remove = remove or not spool.resumable  # hours of work are not thrown away for a mistake that can be mended
         raise
+    except OSError as error:
+        raise _unwritable(prefix, error) from None
     finally:
         spool.close(remove)
     report.seconds = time.monotonic() - begun
     if progress is not False or report.bad:
         print(report.summary(), file=sys.stderr)
     return report
+
+
+def _unwritable(prefix: str, error: OSError) -> DataError:
+    reason = error.strerror or error
+    return DataError(f"{prefix}: cannot be written ({reason}); make room or check the path, and start again")
 
 
 def _check(

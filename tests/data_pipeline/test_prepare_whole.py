@@ -245,3 +245,25 @@ def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
     prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=3)
     assert "goes on after" in capsys.readouterr().err
     assert decoded(folder, tmp_path / "out") == TEXTS[:100] and not (tmp_path / "out.partial").exists()
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(folder / "raw", tmp_path / "expected" / "out", folder / "tok.model", shuffle_seed=1)
+    original, calls = spool.Spool._flush, []
+
+    def full(self: spool.Spool) -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            raise OSError(28, "No space left on device")
+        original(self)
+
+    monkeypatch.setattr(spool.Spool, "_flush", full)
+    with pytest.raises(DataError, match="out: cannot be written .No space left on device.; make room"):
+        prepare(folder / "raw", tmp_path / "full" / "out", folder / "tok.model", shuffle_seed=1)
+    prepare(folder / "raw", tmp_path / "full" / "out", folder / "tok.model", shuffle_seed=1)
+    assert contents(tmp_path / "full") == contents(tmp_path / "expected")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(folder / "raw", tmp_path / "file" / "out", folder / "tok.model")
