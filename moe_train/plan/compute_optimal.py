@@ -9,8 +9,10 @@ from moe_train.errors import UserError
 from moe_train.plan import scaling
 from moe_train.plan import sparsity as sparse_law
 from moe_train.plan.dense_flops import appendix_f_flops
+from moe_train.plan.law_file import load_law
 from moe_train.plan.quantities import part, positive, table
 from moe_train.plan.scaling import ParametricLaw, PowerLaw
+from moe_train.plan.sparsity import SparsityLaw
 
 NAMES = {
     "1": "1 training curves",
@@ -83,38 +85,42 @@ def answer(
         from moe_train.plan.hardware import load_hardware
 
         amount *= 3600 * load_hardware(gpu).peak_flops * part(mfu, "--mfu")
+    fitted = load_law(law) if law is not None else None
     approaches = {
-        name: _approach(frontier, loss_law, option, amount)
-        for name, (frontier, loss_law) in _laws(law).items()
+        name: _approach(frontier, loss_law, option, amount, scaling.FITTED_RANGE)
+        for name, (frontier, loss_law) in _published().items()
     }
+    if fitted is not None:
+        own = fitted.parametric
+        approaches["fitted"] = _approach(own.frontier, own, option, amount, fitted.range)
     budget = approaches["replication"]["flops"]
+    total = positive(total_params, "--total-params") if total_params is not None else None
+    own_sparse = fitted.sparsity if fitted is not None else None
     return {
         "given": {"option": option.removeprefix("--"), "amount": amount},
         "approaches": approaches,
-        "sparsity": _sparsity(
-            budget, positive(total_params, "--total-params") if total_params is not None else None, sparsity
-        ),
+        "sparsity": _sparsity(budget, total, sparsity, own_sparse, fitted.range if own_sparse else {}),
     }
 
 
-def _laws(file: str | None) -> dict[str, tuple[PowerLaw, ParametricLaw]]:
+def _published() -> dict[str, tuple[PowerLaw, ParametricLaw]]:
     """Name -> where the optimum lies, and the law that says what loss it has."""
     third = scaling.CHINCHILLA_3
-    laws = {
+    return {
         "1": (scaling.CHINCHILLA_1, third),
         "2": (scaling.CHINCHILLA_2, third),
         "3": (third.frontier, third),
         "replication": (scaling.REPLICATION.frontier, scaling.REPLICATION),
     }
-    if file is not None:
-        from moe_train.plan.law_file import load_law
-
-        fitted = load_law(file)
-        laws["fitted"] = (fitted.frontier, fitted)
-    return laws
 
 
-def _approach(frontier: PowerLaw, law: ParametricLaw, option: str, amount: float) -> dict[str, Any]:
+def _approach(
+    frontier: PowerLaw,
+    law: ParametricLaw,
+    option: str,
+    amount: float,
+    fitted: dict[str, tuple[float, float]],
+) -> dict[str, Any]:
     at = {"--params": frontier.at_params, "--tokens": frontier.at_tokens}.get(option, frontier.at_flops)
     best = at(amount)
     return {
@@ -125,36 +131,42 @@ def _approach(frontier: PowerLaw, law: ParametricLaw, option: str, amount: float
         "tokens_per_param": best.tokens / best.params,
         "flops": best.flops,
         "flops_appendix_f": appendix_f_flops(best.params, best.tokens),
-        "outside_fitted_range": scaling.outside(best.flops, best.params, best.tokens),
+        "outside_fitted_range": scaling.outside(best.flops, best.params, best.tokens, fitted),
     }
 
 
-def _sparsity(flops: float, total: float | None, asked: float | None) -> dict[str, Any]:
-    """The sparsity law at this budget: free, at fixed total sizes, and the best size of each sparse_law."""
-    dense = sparse_law.best_size(flops, 0.0)
+def _sparsity(
+    flops: float,
+    total: float | None,
+    asked: float | None,
+    own: SparsityLaw | None,
+    fitted: dict[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """The sparsity law (one's own, or the published one) at this budget: free, at fixed total sizes, and the best
+    size of each sparsity."""
+    law = own or sparse_law.ABNAR
+    limit = fitted.get("sparsity", (0.0, sparse_law.LARGEST_FITTED))[1]
+    low, high = fitted.get("flops", sparse_law.FITTED_FLOPS)
+    dense = sparse_law.best_size(flops, 0.0, law)
     totals = [total] if total is not None else [dense.params * factor for factor in (1, 4, 16)]
     shares = sorted({0.0, 0.25, 0.5, 0.75, 0.9, 0.95, *([asked] if asked is not None else [])})
-    low, high = sparse_law.FITTED_FLOPS
     notes = []
-    if asked is not None and sparse_law.check_sparsity(asked) > sparse_law.LARGEST_FITTED:
-        notes.append(
-            f"sparsity {asked:g} is more than the {sparse_law.LARGEST_FITTED} that the law was fitted on"
-        )
+    if asked is not None and sparse_law.check_sparsity(asked) > limit:
+        notes.append(f"sparsity {asked:g} is more than the {limit:g} that the law was fitted on")
     if not low <= flops <= high:
+        notes.append(f"flops {flops:.3g} is outside of the {low:.3g} to {high:.3g} that it was fitted on")
+    free = sparse_law.best_overall(flops, law, limit=limit)
+    if free.sparsity > 0.999 * limit:
         notes.append(
-            f"flops {flops:.3g} is outside of the {low:.3g} to {high:.3g} that the sparsity law was fitted on"
-        )
-    free = sparse_law.best_overall(flops)
-    if free.sparsity > 0.999 * sparse_law.LARGEST_FITTED:
-        notes.append(
-            f"without a limit on the total size the law asks for all the sparsity it was fitted on"
-            f" ({sparse_law.LARGEST_FITTED}); memory, not the law, sets the limit"
+            f"without a limit on the total size it asks for all the sparsity it was fitted on ({limit:g});"
+            " memory, not the law, sets the limit"
         )
     return {
+        "law": "fitted" if own else "published",
         "flops": flops,
         "free": vars(free),
-        "fixed_total": [vars(sparse_law.best_sparsity(flops, size)) for size in totals],
-        "by_sparsity": [vars(sparse_law.best_size(flops, s)) for s in shares],
+        "fixed_total": [vars(sparse_law.best_sparsity(flops, size, law, limit=limit)) for size in totals],
+        "by_sparsity": [vars(sparse_law.best_size(flops, s, law)) for s in shares],
         "outside_fitted_range": notes,
     }
 
@@ -207,12 +219,13 @@ def render(report: dict[str, Any]) -> str:
         ]
         for name, row in chosen
     ]
-    lines.append(table(f"sparsity law at {sparse['flops']:.3g} operations", columns, rows))
+    lines.append(table(f"{sparse['law']} sparsity law at {sparse['flops']:.3g} operations", columns, rows))
     for name, row in report["approaches"].items():
         lines += [f"outside the fitted range ({NAMES[name]}): {note}" for note in row["outside_fitted_range"]]
     lines += [f"sparsity law: {note}" for note in sparse["outside_fitted_range"]]
     lines.append(
-        "losses of 1 to 3 are by approach 3's law; the sparsity law was fitted on other data: compare losses within a table"
+        "losses of 1 to 3 are by approach 3's law; the sparsity law was fitted on other data:"
+        " compare losses within a table"
     )
     return "\n".join(lines)
 

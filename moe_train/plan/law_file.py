@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_train.errors import UserError
 from moe_train.plan.scaling import ParametricLaw
+from moe_train.plan.sparsity import SparsityLaw
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 
@@ -18,17 +20,29 @@ def save_law(path: str | os.PathLike[str], report: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def load_law(path: str | os.PathLike[str]) -> ParametricLaw:
-    """The parametric law in a file. Raises UserError, one line, for anything else."""
+@dataclass(frozen=True)
+class Laws:
+    """What a file holds: the parametric law, the sparsity law if there is one, and the range of the runs."""
+
+    parametric: ParametricLaw
+    sparsity: SparsityLaw | None = None
+    range: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def load_law(path: str | os.PathLike[str]) -> Laws:
+    """The laws in a file. Raises UserError, one line, for anything else."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         constants = data.get("parametric", data).get("constants", data)
-        return ParametricLaw(**{name: float(constants[name]) for name in CONSTANTS})
+        parametric = ParametricLaw(**{name: float(constants[name]) for name in CONSTANTS})
+        sparse = data.get("sparsity", {}).get("constants")
+        limits = {name: (float(low), float(high)) for name, (low, high) in data.get("range", {}).items()}
+        return Laws(parametric, SparsityLaw(**sparse) if sparse else None, limits)
     except OSError as error:
-        raise UserError(
-            f"--law {path}: {error.strerror}; name a file that `moe-train plan fit --out` wrote"
-        ) from None
+        reason = f"{error.strerror}; name a file that `moe-train plan fit --out` wrote"
+        raise UserError(f"--law {path}: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
+        names = ", ".join(CONSTANTS)
         raise UserError(
-            f"--law {path}: holds no parametric law; it needs the numbers {', '.join(CONSTANTS)}, as `plan fit --out` writes"
+            f"--law {path}: holds no parametric law; it needs the numbers {names}, as `plan fit --out` writes"
         ) from None

@@ -6,6 +6,7 @@ N is parameters, D tokens, C training operations, and C = 6 N D throughout, as t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_train.errors import UserError
@@ -95,11 +96,13 @@ FITTED_RANGE = {"flops": (6e18, 3e21), "params": (7e7, 1.6e10), "tokens": (5e9, 
 """What Chinchilla trained: IsoFLOP budgets, sizes and tokens."""
 
 
-def outside(flops: float, params: float, tokens: float) -> list[str]:
-    """In words, which of the three lie outside of what the laws were fitted on, and by what factor."""
+def outside(
+    flops: float, params: float, tokens: float, fitted: Mapping[str, tuple[float, float]] = FITTED_RANGE
+) -> list[str]:
+    """In words, which of the three lie outside of what a law was fitted on, and by what factor."""
     notes = []
     for name, value in (("flops", flops), ("params", params), ("tokens", tokens)):
-        low, high = FITTED_RANGE[name]
+        low, high = fitted.get(name, (0.0, math.inf))
         if value > high:
             notes.append(f"{name} {value:.3g} is {value / high:.3g} times the largest fitted ({high:.3g})")
         elif value < low:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from moe_train.cli import main
 from moe_train.plan.law_file import save_law
+from moe_train.plan.scaling import REPLICATION
+from moe_train.plan.sparsity import ABNAR
 
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -51,7 +54,22 @@ def test_a_fitted_law_stands_beside_the_others(capsys, tmp_path: Path) -> None:
     constants = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
     save_law(tmp_path / "law.json", {"parametric": {"constants": constants}})
     rows = ask(capsys, "--flops", "1e21", "--law", str(tmp_path / "law.json"))["approaches"]
-    assert rows["fitted"] == rows["replication"]
+    assert rows["fitted"]["outside_fitted_range"] == []
+    assert rows["fitted"] == {**rows["replication"], "outside_fitted_range": []}
+
+
+def test_a_fitted_law_knows_its_own_range_and_sparsity_law(capsys, tmp_path: Path) -> None:
+    report = {
+        "parametric": {"constants": asdict(REPLICATION)},
+        "sparsity": {"constants": asdict(ABNAR)},
+        "range": {"flops": [1e15, 1e17], "params": [1e6, 1e8], "sparsity": [0.0, 0.75]},
+    }
+    save_law(tmp_path / "law.json", report)
+    answer = ask(capsys, "--flops", "1e19", "--law", str(tmp_path / "law.json"))
+    (flops, params) = answer["approaches"]["fitted"]["outside_fitted_range"]
+    assert "100 times the largest" in flops and "params" in params
+    assert answer["sparsity"]["law"] == "fitted" and answer["sparsity"]["free"]["sparsity"] <= 0.75
+    assert "1e+17" in answer["sparsity"]["outside_fitted_range"][0]
 
 
 def test_the_table_says_what_is_extrapolated(capsys) -> None:

@@ -144,7 +144,7 @@ def test_the_fitted_law_is_a_file_that_compute_optimal_takes(tmp_path: Path, cap
     report = json.loads(capsys.readouterr().out)
     assert report["runs"] == 45 and report["isoflop"]["frontier"]["a"] == pytest.approx(0.5126, abs=0.03)
     assert "sparsities" in report["sparsity"]["none_because"]
-    assert load_law(law).alpha == pytest.approx(0.3478, abs=0.02)
+    assert load_law(law).parametric.alpha == pytest.approx(0.3478, abs=0.02)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["plan", "compute-optimal", "--flops", "1e21", "--law", str(law), "--json"]) == 0
     assert "fitted" in json.loads(capsys.readouterr().out)["approaches"]
