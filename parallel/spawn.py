@@ -30,7 +30,7 @@ from parallel.rank import (
 )
 from parallel.rank_env import RankEnv, rank_environment
 
-__all__ = ["RankEnv", "SpawnResult", "rank_environment", "rank_log_path", "run_rank", "run_ranks", "spawn_ranks", "tell"]
+__all__ = ["RankEnv", "SpawnResult", "local_gpus", "rank_environment", "rank_log_path", "run_rank", "run_ranks", "spawn_ranks", "tell"]
 
 SETTLE_SECONDS = 1.0
 """After the first failure the others may fail by themselves, so that the cause is known, not only its echo."""
@@ -283,6 +283,14 @@ def _import_path() -> list[str]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs that a process started here would see, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _free_port() -> int:

@@ -22,6 +22,7 @@ from data_pipeline.units import format_count
 from moe_train.demo import report
 from moe_train.demo.build import build, unigram_entropies
 from moe_train.errors import UserError
+from parallel.spawn import local_gpus
 
 if TYPE_CHECKING:
     from moe_train.config import RunConfig
@@ -132,4 +133,6 @@ def _moe_train(console: Console, *arguments: str) -> int:
     console.print(f"\n$ moe-train {shlex.join(arguments)}", style="bold", highlight=False, soft_wrap=True)
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    if local_gpus() < PROCESSES:  # two ranks cannot share a GPU
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run([sys.executable, "-m", "moe_train", *arguments], env=environment).returncode

@@ -2,7 +2,7 @@
 
 Three ways to compute the same thing. :func:`grouped_linear_reference` is the definition, a plain loop that autograd
 differentiates. On a CPU the loop writes into one output and accumulates weight gradients in place. On a GPU torch's
-grouped matrix product does all experts in one kernel.
+grouped matrix product does all experts in one kernel, in bf16 and for sizes it can take; the loop does the rest.
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """``[rows, in]`` sorted by expert, ``counts[e]`` rows each, to ``[rows, out]``."""
-        if x.is_cuda:
+        if x.is_cuda and _suits_grouped_mm(x, self.weight):
             return _grouped_mm(x, self.weight, counts)
         return _GroupedLinear.apply(x, self.weight, counts)
 
@@ -58,6 +58,12 @@ class GroupedLinear(torch.nn.Module):
 def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """The definition: ``[rows, in]``, ``[E, out, in]`` and the rows of each expert to ``[rows, out]``."""
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight.unbind())])
+
+
+def _suits_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's grouped product takes these: it is bf16 on a GPU, wants rows of whole 16 bytes, and some rows at all."""
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned and len(x) > 0
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:

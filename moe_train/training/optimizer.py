@@ -115,8 +115,9 @@ class Optimizer:
         """Clip to ``clip_grad`` and apply one AdamW update with learning rate ``lr``."""
         excess = gradient_norm / self.clip_grad if self.clip_grad is not None else 0.0
         for part in self._parts:
-            if excess > 1.0:
-                torch._foreach_div_([main.grad for main in part.get_parameters()], excess)
+            gradients = [main.grad for main in part.get_parameters()]
+            if excess > 1.0 and gradients:  # a rank may update nothing of a small model
+                torch._foreach_div_(gradients, excess)
             for group in part.optimizer.param_groups:
                 group["lr"] = lr
         self._chain.step_with_ready_grads()

@@ -107,10 +107,10 @@ class Recorder:
         return {"trackers": self._trackers.state()} if self.active else {}
 
     def finish(self, code: int, reason: str) -> None:
-        """Close everything and leave outcome.json."""
-        self.close(code, reason)
+        """Leave outcome.json and close everything: in this order, for a tracker without a network may take its time."""
         if self.active:
             self.folder.finish(code, reason, self.trainer.position.step)
+        self.close(code, reason)
 
     def close(self, code: int, reason: str) -> None:
         """Say why it ends and close everything; no outcome is written: the folder may be another start's by now."""

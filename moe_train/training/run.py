@@ -1,19 +1,18 @@
 """``moe-train pretrain``: check, start the ranks, and leave an outcome whatever happens."""
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig
-from moe_train.errors import StoppedError
+from moe_train.errors import StoppedError, UserError
 from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
 from parallel.rank import exit_status, is_lost_connection
-from parallel.spawn import rank_environment, rank_log_path, run_rank, spawn_ranks, tell
+from parallel.spawn import local_gpus, rank_environment, rank_log_path, run_rank, spawn_ranks, tell
 
 TARGET = "moe_train.training.run:train_rank"
 
@@ -28,7 +27,10 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
         ranks.export()
         return run_rank(TARGET, _payload(config, resume), RunFolder(config.output_dir).logs)
-    nproc = nproc or _local_gpus() or 1
+    gpus = local_gpus()
+    nproc = nproc or gpus or 1
+    if 0 < gpus < nproc:
+        raise UserError(f"--nproc {nproc} but this machine shows {gpus} GPU{'s' * (gpus > 1)}: start at most one rank a GPU, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
     folder, since = RunFolder(config.output_dir), now()
     try:
         check_run(config, nproc, resume)
@@ -137,6 +139,7 @@ def _train(run: RunConfig, topology, resume: str, changes: list, began: float, s
         warn=recorder.warn,
         saved=recorder.saved,
         may_commit=fence.check if fence else lambda: None,
+        mirror=trainer.mirror,
     )
     owner = owner_of(folder.path)  # rank 0 took it before it built the checkpointer, which the ranks do together
     try:
@@ -156,11 +159,3 @@ def _train(run: RunConfig, topology, resume: str, changes: list, began: float, s
 
 def _payload(config: RunConfig, resume: str) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json", by_alias=True), "resume": resume}
-
-
-def _local_gpus() -> int:
-    """GPUs of this machine, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0

@@ -13,6 +13,7 @@ from data_pipeline.sources import open_sources
 from data_pipeline.stream import SampleStream
 from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
 from moe_train.checkpoint.load import check_same_model, find_checkpoint, load_checkpoint
+from moe_train.checkpoint.mirror import open_mirror
 from moe_train.config import RunConfig
 from moe_train.model.build import DTYPES, build_model
 from moe_train.model.jetmoe import ModelOptions
@@ -128,8 +129,12 @@ class Trainer:
     def _load(self, resume: str) -> None:
         self.previous_state: dict = {}
         self.resumed_from: Path | None = None
+        # Copies are made, and fetched, by rank 0.
+        self.mirror = open_mirror(self.config.checkpoint, self.folder.path) if self.topology.rank == 0 else None
         if resume != "never":
-            self.resumed_from = find_checkpoint(self.folder.checkpoints, resume, topology=self.topology)
+            self.resumed_from = find_checkpoint(
+                self.folder.checkpoints, resume, self.topology, self.mirror
+            )
         if self.resumed_from is not None:
             check_same_model(read_run_state(self.resumed_from), self.config.model)
             self.previous_state = load_checkpoint(self.resumed_from, self.model, self.optimizer, self.topology)

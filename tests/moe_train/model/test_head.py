@@ -35,7 +35,7 @@ def fp64_loss(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor):
 def test_loss_and_gradients(topology, monkeypatch, logits_per_chunk, padding, rows_of_padding):
     from moe_train.model import head
 
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", {"cpu": logits_per_chunk})
     x, weight, labels = problem(padding, rows_of_padding)
     loss, nll = head.VocabularyHead(weight, VOCAB, topology).loss(x, labels)
     (3.0 * loss).backward()
