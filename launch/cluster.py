@@ -43,6 +43,12 @@ def _option(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s\"'\\]+", value):
+        raise ValueError(f"{value!r} is not a URL; write https://...")
+    return value
+
+
 def _absolute(value: str) -> str:
     if not os.path.isabs(value):
         raise ValueError(f"{value!r} is not an absolute path; write it in full")
@@ -110,6 +116,11 @@ class ClusterConfig(Section):
     env: dict[str, str] = {}
     scratch: AbsolutePath | None = None
     """A node's own disk: TMPDIR of the ranks."""
+
+    alert_command: Line | None = None
+    """A command line that gets one more argument, a message, when a run stops, fails or goes on."""
+    alert_webhook: Annotated[str, AfterValidator(_url)] | None = None
+    """A URL that gets ``{"text": message}`` by POST, as chat programs take it."""
 
     warning: Seconds | None = None
     """How long before the time limit a run is asked to save; null: from a step and a checkpoint of the run."""

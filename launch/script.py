@@ -27,11 +27,13 @@ def render(job: Job) -> str:
         "MAX_RESTARTS": str(job.cluster.max_restarts),
         "CHAIN": "1" if job.chain > 1 else "0",
         "ENVIRONMENT": "\n".join(environment(job)),
+        "ALERTS": "\n".join(alerts(job)),
         "CHECK": check_command(job),
         "LAUNCH": launch_command(job),
     }
     template = resources.files("launch").joinpath("job.sbatch").read_text(encoding="utf-8")
-    return re.sub(r"@([A-Z_]+)@", lambda match: parts[match[1]], template)
+    text = re.sub(r"@([A-Z_]+)@", lambda match: parts[match[1]], template)
+    return text.replace("\n\n}", "\n}")  # where nobody is told
 
 
 def directives(job: Job) -> list[str]:
@@ -72,6 +74,20 @@ def environment(job: Job) -> list[str]:
     if cluster.scratch:
         lines.append(f"export TMPDIR={shlex.quote(cluster.scratch)}")
     return lines + list(cluster.setup)
+
+
+def alerts(job: Job) -> list[str]:
+    """Lines of the script's function `tell`. An alert that fails or hangs is not in the way."""
+    cluster, text = job.cluster, f'"{job.name}: $SELF: $1"'
+    lines = [f"  timeout 20 {cluster.alert_command} {text} || true"] if cluster.alert_command else []
+    if cluster.alert_webhook:
+        lines += [
+            f"  local text={text}",
+            r"""  text=${text//\\/} text=${text//\"/}    # what JSON would want escaped""",
+            f"  curl -fsS -m 20 -H 'Content-Type: application/json' --data \"{{\\\"text\\\": \\\"$text\\\"}}\""
+            f" {shlex.quote(cluster.alert_webhook)} > /dev/null || true",
+        ]
+    return lines
 
 
 def check_command(job: Job) -> str:

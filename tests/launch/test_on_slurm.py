@@ -72,13 +72,13 @@ class Launched:
         return [each for each in self.lines("launch/starts.jsonl") if each["kind"] == "end"]
 
     def until_step(self, step: int) -> None:
-        self.slurm.wait(lambda: self.step() >= step, 60, f"step {step}: {self.said()}")
+        self.slurm.wait(lambda: self.step() >= step, 180, f"step {step}: {self.said()}")
 
     def until_started(self, times: int) -> None:
-        self.slurm.wait(lambda: len(self.starts()) >= times, 60, f"start {times}")
+        self.slurm.wait(lambda: len(self.starts()) >= times, 180, f"start {times}")
 
     def until_over(self, code: int) -> None:
-        self.slurm.wait((self.folder / "launch/over.json").exists, 60, f"the end: {self.said()}")
+        self.slurm.wait((self.folder / "launch/over.json").exists, 180, f"the end: {self.said()}")
         assert self.json("launch/over.json")["code"] == code, self.said()
 
     def said(self) -> str:
@@ -136,8 +136,11 @@ def test_a_mistake_is_not_requeued_and_a_crash_loop_stops(slurm, tmp_path: Path)
     broken = tmp_path / "broken-python"
     broken.write_text("#!/bin/sh\nkill -9 $$\n")
     broken.chmod(0o755)
+    alert = tmp_path / "alert"
+    alert.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/alerts\n')
+    alert.chmod(0o755)
     cluster = crash.path.with_name("cluster.yaml")
-    cluster.write_text(cluster.read_text() + f"python: {broken}\n")
+    cluster.write_text(cluster.read_text() + f"python: {broken}\nalert_command: {alert}\n")
     crash.submit()
     wrong.submit()
     wrong.path.write_text(wrong.path.read_text().replace("schedule:", "shedule:"))  # edited while it waits
@@ -146,6 +149,8 @@ def test_a_mistake_is_not_requeued_and_a_crash_loop_stops(slurm, tmp_path: Path)
     assert len(wrong.starts()) == 1 and "shedule" in wrong.said()
     assert len(crash.starts()) == 2 and [each["next"] for each in crash.ends()] == ["requeue", "loop"]
     assert "crash loop" in crash.json("launch/over.json")["reason"]
+    requeued, resumed, over = (tmp_path / "alerts").read_text().splitlines()
+    assert "requeued" in requeued and "restart 1: goes on" in resumed and "crash loop" in over
     time.sleep(1)
     assert not [row for row in slurm.call("squeue", "-h", "-t", "PD,R", "-o", "%Z").splitlines() if str(tmp_path) in row]
 

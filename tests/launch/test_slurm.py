@@ -28,6 +28,7 @@ KINDS = {
     "torchrun": {"gpus_per_node": 8, "launcher": "torchrun"},
     "container": {"gpus_per_node": 8, "container": {"image": "a/b:c", "mounts": ["/data:/d:ro"]}, "scratch": "/local disk"},
     "site": {"modules": ["cuda/12.8"], "env": {"A": "it's 1"}, "setup": ["ulimit -n 65536"], "account": "me", "qos": "high"},
+    "alerts": {"alert_command": "logger -t moe", "alert_webhook": "https://example.org/hook?a=1&b=2"},
 }
 
 
