@@ -101,7 +101,7 @@ def pretrain(
     if dry_run:
         from moe_train.dry_run import dry_run as show
 
-        return show(config, nproc)
+        return show(config, nproc, resume)
     from moe_train.training.run import pretrain as train
 
     return train(config, nproc, resume)
