@@ -50,7 +50,7 @@ def state_bytes(layout: dict, model: dict, precision: str, sharded_attention: bo
 class _Held:
     """A saved tensor; its storage counts as long as one of them lives."""
 
-    def __init__(self, meter: "Meter", tensor: torch.Tensor):
+    def __init__(self, meter: Meter, tensor: torch.Tensor):
         self.tensor, self.meter = tensor, meter
         storage = tensor.untyped_storage()
         self.key = storage.data_ptr()
@@ -70,7 +70,8 @@ class _Held:
 
 
 class Meter(torch.autograd.graph.saved_tensors_hooks):
-    """The most bytes that the tensors saved for backward take at a time, each storage once, weights left out."""
+    """The most bytes that the tensors saved for backward take at a time, each storage once, weights left
+    out."""
 
     def __init__(self, weights: set[int]):
         self.storages: dict[int, tuple[int, int]] = {}
@@ -83,7 +84,8 @@ class Meter(torch.autograd.graph.saved_tensors_hooks):
 
 
 def activation_bytes(layout: dict, model: dict, recompute: str, length: int) -> int:
-    """The peak of what is kept for backward during one step of two micro-batches of two sequences a data rank."""
+    """The peak of what is kept for backward during one step of two micro-batches of two sequences a data
+    rank."""
     from moe_train.training.step import Stepper
 
     config = wide_model(**model)

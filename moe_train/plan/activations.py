@@ -1,7 +1,7 @@
 """What the backward pass keeps of a micro-batch, tensor by tensor, and what lives only for a moment.
 
-Counted from `moe_train.model`: which tensor each operation saves. T tokens of a micro-batch on this tensor rank, R
-rows that its experts receive (T * top_k when routing is balanced), p bytes of an element.
+Counted from `moe_train.model`: which tensor each operation saves. T tokens of a micro-batch on this tensor
+rank, R rows that its experts receive (T * top_k when routing is balanced), p bytes of an element.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Workload:
         return self.whole // self.layout.tensor
 
     def rows(self, part: str, worst: bool = False) -> int:
-        """R of the experts of ``attention`` or ``mlp``; at worst every token of the expert group chooses here."""
+        """R of the experts of ``attention`` or ``mlp``; at worst every token of the expert group chooses
+        here."""
         config = self.model.attention if part == "attention" else self.model.mlp
         ranks = self.layout.expert if part == "mlp" or self.sharded_attention else 1
         if worst:
@@ -56,7 +57,8 @@ def layer_bytes(work: Workload, recompute: str = "none", worst: bool = False) ->
 
 
 def _router_and_norm(work: Workload, part: str) -> int:
-    """The norm's input and output, its scale; the router's logits and probabilities, choice, gates and permutation."""
+    """The norm's input and output, its scale; the router's logits and probabilities, choice, gates and
+    permutation."""
     config = work.model.attention if part == "attention" else work.model.mlp
     per_token = 2 * work.model.hidden_size * work.element + 4
     per_token += 2 * 4 * config.num_experts + 4
@@ -138,8 +140,8 @@ def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 def stage_bytes(
     work: Workload, stage: int, micro_batches: int, recompute: str = "none", worst: bool = False
 ) -> int:
-    """Bytes of activations that a stage holds at its peak: all chunks in flight, then either the head's gradients
-    (on the last stage) or what is recomputed of a layer."""
+    """Bytes of activations that a stage holds at its peak: all chunks in flight, then either the head's
+    gradients (on the last stage) or what is recomputed of a layer."""
     layout = work.layout
     layers = work.model.num_layers // (layout.pipeline * (layout.virtual_pipeline or 1))
     flying = chunks_in_flight(layout, stage, micro_batches)

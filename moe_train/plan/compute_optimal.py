@@ -142,8 +142,8 @@ def _sparsity(
     own: SparsityLaw | None,
     fitted: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """The sparsity law (one's own, or the published one) at this budget: free, at fixed total sizes, and the best
-    size of each sparsity."""
+    """The sparsity law (one's own, or the published one) at this budget: free, at fixed total sizes, and
+    the best size of each sparsity."""
     law = own or sparse_law.ABNAR
     limit = fitted.get("sparsity", (0.0, sparse_law.LARGEST_FITTED))[1]
     low, high = fitted.get("flops", sparse_law.FITTED_FLOPS)

@@ -124,7 +124,8 @@ def estimate(config: RunConfig, hardware: Hardware, gpus: int, rate: float, pric
 
 
 def _disk(config: RunConfig, tokens: int) -> dict[str, int]:
-    """How many checkpoints stay at the end of the run, and their bytes: weights, main copy and two moments."""
+    """How many checkpoints stay at the end of the run, and their bytes: weights, main copy and two
+    moments."""
     per_element = 12 if config.training.precision == "fp32" else 14
     size = config.model.num_parameters() * per_element
     checkpoint = config.checkpoint

@@ -20,15 +20,16 @@ class DenseShape:
 
     @property
     def params(self) -> int:
-        """All parameters: query, key, value, output and relative-position matrices, MLP, and the embedding once."""
+        """All parameters: query, key, value, output and relative-position matrices, MLP, and the embedding
+        once."""
         attention = 5 * self.width * self.heads * self.head_dim
         return self.layers * (attention + 2 * self.width * self.ffn) + VOCABULARY * self.width
 
     def flops_per_token(self, sequence: int = SEQUENCE, *, vocabulary: bool = True) -> float:
         """Training operations per token: forward, and twice that backward.
 
-        `vocabulary=False` leaves out embedding and logits. The ratios that Table A4 prints are those without: with
-        them its smallest model comes to 1.58 times 6ND, not to 1.03.
+        `vocabulary=False` leaves out embedding and logits. The ratios that Table A4 prints are those
+        without: with them its smallest model comes to 1.58 times 6ND, not to 1.03.
         """
         inner = self.heads * self.head_dim
         attention = (
@@ -54,7 +55,8 @@ CHINCHILLA_70B = DenseShape(80, 8192, 32768, 64, 128)
 
 
 def typical_shape(params: float) -> DenseShape:
-    """A shape of about `params` parameters in the proportions of the paper's models: depth read off between them.
+    """A shape of about `params` parameters in the proportions of the paper's models: depth read off between
+    them.
 
     Widths are multiples of 128, so the size is met within a few percent; what is used of it is operations per
     parameter.
@@ -69,16 +71,17 @@ def typical_shape(params: float) -> DenseShape:
 
 
 def _of_width(width: int, known: tuple[DenseShape, ...]) -> DenseShape:
-    """Depth grows between the known shapes as a power of the width, and beyond them as between the last two."""
-    for low, high in zip(known, known[1:]):
-        if width <= high.width:
-            break
+    """Depth grows between the known shapes as a power of the width, and beyond them as between the last
+    two."""
+    after = next((n for n in range(1, len(known)) if width <= known[n].width), len(known) - 1)
+    low, high = known[after - 1], known[after]
     slope = math.log(high.layers / low.layers) / math.log(high.width / low.width)
     layers = max(1, round(low.layers * (width / low.width) ** slope))
     return DenseShape(layers, width, 4 * width, max(1, width // 128), 128)
 
 
 def appendix_f_flops(params: float, tokens: float) -> float:
-    """Operations of training a typical dense model, everything of appendix F counted (vocabulary included)."""
+    """Operations of training a typical dense model, everything of appendix F counted (vocabulary
+    included)."""
     shape = typical_shape(params)
     return shape.flops_per_token() / shape.params * params * tokens

@@ -35,8 +35,8 @@ def fit(
         starts: of the grid's 4,500 starting points, how many (the most promising) are descended from.
         drop_highest: runs of highest loss to leave out (the replication leaves out 5 of Chinchilla's 245).
 
-    Raises UserError, one line, for what is not a run and for too few runs. The parametric fit must succeed; of the
-    others the report says why there is none.
+    Raises UserError, one line, for what is not a run and for too few runs. The parametric fit must succeed;
+    of the others the report says why there is none.
     """
     if bootstraps < 0 or starts < 1 or drop_highest < 0:
         raise UserError("--bootstraps and --drop-highest must be 0 or more, --starts 1 or more")

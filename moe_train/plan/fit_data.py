@@ -80,7 +80,8 @@ def _from_csv(path: Path) -> list[Run]:
         total, sparsity = value.get("total_params", value["params"]), value.get("sparsity", 0.0)
         if min(value["params"], tokens, value["loss"]) <= 0 or not 0 <= sparsity < 1:
             raise UserError(
-                f"{path}:{line}: params, tokens and loss must be more than 0, and sparsity from 0 to less than 1"
+                f"{path}:{line}: params, tokens and loss must be more than 0,"
+                " and sparsity from 0 to less than 1"
             )
         runs.append(Run(f"{path.name}:{line}", value["params"], tokens, value["loss"], total, sparsity))
     return runs

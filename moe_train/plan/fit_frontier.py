@@ -20,7 +20,8 @@ SAME_BUDGET = 0.1
 
 @dataclass(frozen=True)
 class Profile:
-    """The parabola ``loss = c0 + c1 x + c2 x^2`` in x = log N of the runs of one budget, and its lowest point."""
+    """The parabola ``loss = c0 + c1 x + c2 x^2`` in x = log N of the runs of one budget, and its lowest
+    point."""
 
     flops: float
     coefficients: tuple[float, float, float]
@@ -95,8 +96,9 @@ def _parabola(group: list[Run]) -> Profile | None:
 def fit_envelope(runs: list[Run], values: int = 1500, bootstraps: int = 100, seed: int = 0) -> FrontierFit:
     """The size of the lowest curve at log-spaced budgets, and the power law through them.
 
-    Only budgets between the first and last change of the lowest curve count: before and after them the optimum may
-    lie outside of the sizes that were trained. Raises UserError with fewer than 3 curves, or without a change.
+    Only budgets between the first and last change of the lowest curve count: before and after them the
+    optimum may lie outside of the sizes that were trained. Raises UserError with fewer than 3 curves, or
+    without a change.
     """
     curves = [run for run in runs if len(run.curve) >= 3]
     if len(curves) < 3:

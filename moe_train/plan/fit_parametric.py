@@ -1,7 +1,8 @@
 """The parametric fit, ``L(N, D) = E + A / N^alpha + B / D^beta`` (Chinchilla 3.3, equation 3).
 
-Huber losses (delta 1e-3) of the logarithms are summed, not averaged: averaged, they are so small that L-BFGS stops
-early, which is one of the faults that the replication found. Here the sum is scaled up besides.
+Huber losses (delta 1e-3) of the logarithms are summed, not averaged: averaged, they are so small that
+L-BFGS stops early, which is one of the faults that the replication found. Here the sum is scaled up
+besides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ SCALE = 1e4
 
 @dataclass(frozen=True)
 class ParametricFit:
-    """The law, the summed Huber loss at it, and the 10th to 90th percentile of each constant over the bootstraps."""
+    """The law, the summed Huber loss at it, and the 10th to 90th percentile of each constant over the
+    bootstraps."""
 
     law: ParametricLaw
     objective: float
@@ -136,8 +138,8 @@ def _law(point: np.ndarray) -> ParametricLaw:
     a, b, e, alpha, beta = map(float, point)
     if alpha <= 0 or beta <= 0:
         raise UserError(
-            f"the best fit has the exponents alpha {alpha:.3g} and beta {beta:.3g}: the loss does not fall with"
-            " size and tokens in these runs; give runs over a wider range"
+            f"the best fit has the exponents alpha {alpha:.3g} and beta {beta:.3g}: the loss does not fall"
+            " with size and tokens in these runs; give runs over a wider range"
         )
     return ParametricLaw(E=float(np.exp(e)), A=float(np.exp(a)), B=float(np.exp(b)), alpha=alpha, beta=beta)
 

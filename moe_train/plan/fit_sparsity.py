@@ -1,7 +1,8 @@
 """The sparsity law (arXiv 2501.12370, eq. 6) fitted to runs of several sparsities.
 
-Ten constants: the objective is the parametric fit's (Huber of the logarithm, delta 1e-3, summed), the starts are the
-published constants and random ones around them. Single constants are told apart badly; what counts is the law's loss.
+Ten constants: the objective is the parametric fit's (Huber of the logarithm, delta 1e-3, summed), the
+starts are the published constants and random ones around them. Single constants are told apart badly; what
+counts is the law's loss.
 """
 
 from __future__ import annotations

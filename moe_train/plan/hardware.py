@@ -60,5 +60,6 @@ class Hardware(BaseModel):
 
 
 def load_hardware(named: str | os.PathLike[str]) -> Hardware:
-    """The hardware file at a path, or the preset of that name (``h100``). Raises an error of one line otherwise."""
+    """The hardware file at a path, or the preset of that name (``h100``). Raises an error of one line
+    otherwise."""
     return validate(Hardware, read_yaml(shown(find_config(named, "hardware", Path.cwd()))))

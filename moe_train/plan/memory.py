@@ -16,7 +16,8 @@ from moe_train.plan.shards import Place
 from parallel.layout import Layout
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp8": 2}
-"""Bytes of a weight and of an activation; fp8 keeps bf16 weights, its products' inputs are not counted smaller."""
+"""Bytes of a weight and of an activation; fp8 keeps bf16 weights, its products' inputs are not counted
+smaller."""
 
 
 def state_bytes(
@@ -49,7 +50,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "dispatch", "logits
 
 
 def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool = True) -> dict[str, int]:
-    """Bytes of one rank by part, with balanced routing; ``worst`` is what all tokens going to its experts adds."""
+    """Bytes of one rank by part, with balanced routing; ``worst`` is what all tokens going to its experts
+    adds."""
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
     work = Workload(

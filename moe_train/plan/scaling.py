@@ -1,4 +1,5 @@
-"""Dense scaling laws: Chinchilla's three approaches (arXiv 2203.15556) and the replication (arXiv 2404.10102).
+"""Dense scaling laws: Chinchilla's three approaches (arXiv 2203.15556) and the replication (arXiv
+2404.10102).
 
 N is parameters, D tokens, C training operations, and C = 6 N D throughout, as the laws were fitted.
 """
@@ -74,8 +75,8 @@ class ParametricLaw:
 
 
 CHINCHILLA_1 = PowerLaw(k=0.2420627467390364, a=0.49809869)
-"""Envelope of training curves. The paper rounds a to 0.50 and prints no factor: a line in logarithms through the nine
-rows of Table 3, which it meets within 0.4% (67B: 1.3%)."""
+"""Envelope of training curves. The paper rounds a to 0.50 and prints no factor: a line in logarithms
+through the nine rows of Table 3, which it meets within 0.4% (67B: 1.3%)."""
 
 CHINCHILLA_2 = PowerLaw(k=0.34853651014718806, a=0.48994161)
 """IsoFLOP profiles, in the same way from Table A3 (within 0.6%; its 67B row was made for about 69B)."""
@@ -83,8 +84,8 @@ CHINCHILLA_2 = PowerLaw(k=0.34853651014718806, a=0.48994161)
 CHINCHILLA_3 = ParametricLaw(
     E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186), alpha=0.33917084, beta=0.2849083
 )
-"""The constants in the paper's TeX source. As printed (1.69, 406.4, 410.7, 0.34, 0.28) they are rounded so far that the
-optimum for 5.76e23 falls from 40.4B to 32.2B parameters."""
+"""The constants in the paper's TeX source. As printed (1.69, 406.4, 410.7, 0.34, 0.28) they are rounded so
+far that the optimum for 5.76e23 falls from 40.4B to 32.2B parameters."""
 
 REPLICATION = ParametricLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 """Besiroglu et al., from 240 of the 245 points of Chinchilla's Figure 4."""

@@ -1,8 +1,9 @@
-"""Which parameters each rank of a layout holds, and how the distributed optimizer splits what it keeps of them.
+"""Which parameters each rank of a layout holds, and how the distributed optimizer splits what it keeps of
+them.
 
-Mirrors `moe_train.model` (which rank holds which rectangle) and megatron-core 0.16's gradient buffers: parameters
-start at multiples of 64 elements, buckets end at multiples of lcm(data ranks, 128). A test compares every byte with
-what the engine allocates.
+Mirrors `moe_train.model` (which rank holds which rectangle) and megatron-core 0.16's gradient buffers:
+parameters start at multiples of 64 elements, buckets end at multiples of lcm(data ranks, 128). A test
+compares every byte with what the engine allocates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ BUCKET_SIZE = 40_000_000
 
 @dataclass(frozen=True)
 class Place:
-    """The coordinates of a rank. Stages are blocks of tensor x data ranks, tensor ranks next to each other."""
+    """The coordinates of a rank. Stages are blocks of tensor x data ranks, tensor ranks next to each
+    other."""
 
     rank: int
     tensor: int
@@ -106,7 +108,8 @@ def chunk_parameters(
 class Buffer:
     """One contiguous buffer of parameters, and one of their gradients, `size` elements each with padding.
 
-    `spans` are the parameters' ranges in it; `buckets` the ranges that are each split evenly over `ranks` replicas.
+    `spans` are the parameters' ranges in it; `buckets` the ranges that are each split evenly over `ranks`
+    replicas.
     """
 
     size: int
@@ -125,7 +128,8 @@ class Buffer:
 
 
 def lay_out(parameters: list[Parameter], ranks: int, bucket_size: int | None = None) -> Buffer:
-    """The buffer of one kind of parameters of one chunk, as megatron-core lays it out: the last parameter first."""
+    """The buffer of one kind of parameters of one chunk, as megatron-core lays it out: the last parameter
+    first."""
     position = begin = 0
     spans, buckets, waiting = [], [], False
 

@@ -15,7 +15,8 @@ LARGEST_FITTED = 0.95
 
 FITTED_FLOPS = (3e19, 1e21)
 MLP_TO_REST = 3.0
-"""Active MLP parameters of a layer per other parameter: eq. 9 has 4 d^2 for attention and 12 d^2 for one gated MLP."""
+"""Active MLP parameters of a layer per other parameter: eq. 9 has 4 d^2 for attention and 12 d^2 for one
+gated MLP."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class SparsityLaw:
     e: float
 
     def loss(self, params: float, tokens: float, sparsity: float) -> float:
-        """Expected loss in nats per token of `params` total parameters at `sparsity` after `tokens` tokens."""
+        """Expected loss in nats per token of `params` total parameters at `sparsity` after `tokens`
+        tokens."""
         dense = 1.0 - check_sparsity(sparsity)
         return (
             self.a / params**self.alpha

@@ -3,9 +3,9 @@
     step = (micro-batches + bubble) * (compute + exchanges of one micro-batch) + reduction + gather + update
 
 Compute is operations over ``peak * compute_efficiency``: that efficiency is the one number that
-`--calibrate` fits. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides behind the
-backward pass of the last micro-batch as far as it can; the gather of the weights and the update do not.
-Routing is taken as balanced.
+`--calibrate` fits. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides
+behind the backward pass of the last micro-batch as far as it can; the gather of the weights and the update
+do not. Routing is taken as balanced.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moe_train.plan.hardware import Hardware
 from moe_train.plan.shards import Buffer
 
 UPDATE_BYTES = 34
-"""Read and written by AdamW for an element: gradient, main copy, two moments (4 bytes each, all but the gradient
-twice) and the bf16 weight, with the read of the gradient for its norm."""
+"""Read and written by AdamW for an element: gradient, main copy, two moments (4 bytes each, all but the
+gradient twice) and the bf16 weight, with the read of the gradient for its norm."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class StepTime:
 
 
 def forward_flops(work: Workload, head: bool, layers: int) -> float:
-    """Operations of the forward pass of one micro-batch through some layers, and the head, on one tensor rank."""
+    """Operations of the forward pass of one micro-batch through some layers, and the head, on one tensor
+    rank."""
     model, length = work.model, work.sequence_length
     attention, mlp, hidden = model.attention, model.mlp, model.hidden_size
     width = attention.width
@@ -62,9 +63,10 @@ def recomputed_flops(work: Workload, recompute: str, layers: int) -> float:
 def exchanged_bytes(work: Workload, recompute: str, layers: int) -> tuple[float, float]:
     """(tensor, expert): bytes that one GPU sends for one micro-batch, forward and backward.
 
-    Tensor ranks gather the input of keys and values (and gather it again and scatter its gradient backward), and
-    trade sequence for heads around the attention. Expert ranks send and answer: MLP rows of width H; with sharded
-    attention experts the query's (H there, D back) and the output's (D there, H back).
+    Tensor ranks gather the input of keys and values (and gather it again and scatter its gradient
+    backward), and trade sequence for heads around the attention. Expert ranks send and answer: MLP rows of
+    width H; with sharded attention experts the query's (H there, D back) and the output's (D there, H
+    back).
     """
     model, layout, element = work.model, work.layout, work.element
     attention, hidden, width = model.attention, model.hidden_size, model.attention.width

@@ -1,4 +1,5 @@
-"""`moe-train plan sweep`: the run files of an IsoFLOP or sparsity sweep over small JetMoEs, ready to launch."""
+"""`moe-train plan sweep`: the run files of an IsoFLOP or sparsity sweep over small JetMoEs, ready to
+launch."""
 
 from __future__ import annotations
 
@@ -47,11 +48,12 @@ def sweep(
     sparsities: list[float] | None = None,
     as_json: bool = False,
 ) -> None:
-    """Write a run file and a mixture file for every run of the sweep, `sweep.csv`, and `sweep.sh` that runs them.
+    """Write a run file and a mixture file for every run of the sweep, `sweep.csv`, and `sweep.sh` that runs
+    them.
 
     Args:
         budgets: operations of one run each, as 6 N_active D.
-        base: the run file that everything but model, mixture's length, schedule's lengths and folder comes from.
+        base: the run file that all but model, mixture's length, schedule's lengths and folder comes from.
         out: a folder that is empty or does not exist.
         sizes: models of each budget, from a quarter to four times the expected optimum.
         around: that optimum in active parameters; None: the replication's law, extrapolated.
@@ -134,7 +136,8 @@ def _of_budget(
 
 
 def _shaped(base: ModelConfig, active: float, sparsity: float | None) -> ModelConfig:
-    """The base's proportions (width to depth, width to heads, width to experts) at the nearest active size."""
+    """The base's proportions (width to depth, width to heads, width to experts) at the nearest active
+    size."""
     widths = range(base.attention.head_dim, 1 << 15, base.attention.head_dim)
     best = None
     for width in widths:
@@ -174,7 +177,7 @@ def _write(plan: Planned, model: ModelConfig, config: RunConfig, folder: Path) -
     for phase in config.mixture.phases:
         seen += phase.tokens
         ends.append(plan.tokens * seen // whole)
-    for phase, begin, end in zip(mixture["phases"], [0, *ends], ends):
+    for phase, begin, end in zip(mixture["phases"], [0, *ends[:-1]], ends, strict=True):
         phase["tokens"] = end - begin
     _dump(folder / f"{plan.name}.mixture.yaml", yaml.safe_dump(mixture, sort_keys=False))
     run = config.model_dump(mode="json", by_alias=True)

@@ -1,9 +1,9 @@
 """`moe-train plan upcycle`: start a mixture of experts from a dense checkpoint, or from scratch.
 
-Skywork-MoE's rule (arXiv 2406.06563, section 4): it depends on the training that the mixture will get, compared with
-what the dense model got. Their evidence: a dense model of 0.3B trained on 300B tokens. After 100B tokens of the
-mixture (2/3 of the dense cost) upcycling and training from scratch were level; after 300B (twice the dense cost)
-scratch was ahead.
+Skywork-MoE's rule (arXiv 2406.06563, section 4): it depends on the training that the mixture will get,
+compared with what the dense model got. Their evidence: a dense model of 0.3B trained on 300B tokens. After
+100B tokens of the mixture (2/3 of the dense cost) upcycling and training from scratch were level; after
+300B (twice the dense cost) scratch was ahead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The verbs of `moe-train plan`: help that teaches, no torch, and hardware whose every number has a source."""
+"""The verbs of `moe-train plan`: help that teaches, no torch, and hardware whose every number has a
+source."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ for command in (
     ["layout", "jetmoe_8b"],
     ["cost", "jetmoe_8b"],
     ["upcycle", "--dense-tokens", "1T", "--moe-tokens", "1T"],
-    ["sweep", "1e14", "--base", "demo", "--out", {str(tmp_path / "sweep")!r}, "--sizes", "2", "--around", "1M"],
+    ["sweep", "1e14", "--base", "demo", "--out", {str(tmp_path / "sw")!r}, "--sizes", "2", "--around", "1M"],
     ["fit", "tests/moe_train/plan/chinchilla_points.csv", "--bootstraps", "0", "--starts", "1"],
 ):
     assert main(["plan", *command]) == 0, command

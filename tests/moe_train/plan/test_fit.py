@@ -1,4 +1,5 @@
-"""Fits: the replication's constants from its points, synthetic laws recovered from noisy runs, and bad input."""
+"""Fits: the replication's constants from its points, synthetic laws recovered from noisy runs, and bad
+input."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from moe_train.plan.law_file import load_law
 from moe_train.plan.sparsity import SparsityLaw, active_share
 
 POINTS = str(Path(__file__).with_name("chinchilla_points.csv"))
-"""Chinchilla's Figure 4 as read off by Besiroglu et al. (github.com/epoch-research/analyzing-chinchilla): 245 points."""
+"""Chinchilla's Figure 4 as read off by Besiroglu et al. (github.com/epoch-research/analyzing-chinchilla):
+245 points."""
 
 
 def isoflop_runs(law: scaling.ParametricLaw, noise: float = 0.0, seed: int = 0) -> list[Run]:

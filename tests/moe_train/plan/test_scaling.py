@@ -1,4 +1,5 @@
-"""Chinchilla's tables row by row (arXiv 2203.15556), appendix F, and the replication's constants (arXiv 2404.10102)."""
+"""Chinchilla's tables row by row (arXiv 2203.15556), appendix F, and the replication's constants (arXiv
+2404.10102)."""
 
 from __future__ import annotations
 
@@ -10,9 +11,13 @@ from moe_train.errors import UserError
 from moe_train.plan import scaling
 from moe_train.plan.dense_flops import CHINCHILLA_70B, TABLE_A4, appendix_f_flops, typical_shape
 
-# params; Table 3 (approach 1): FLOPs, tokens; Table A3: FLOPs and tokens of approaches 2 and 3. Misprints of the paper:
-# - Table A3 prints 1.26e24 for 175B by approach 3; its own tokens say 6 * 175e9 * 12.0e12 = 1.26e25, which stands here.
-# - The 67B rows are those of a larger model: 1.71e24 / (6 * 4.1e12) = 69.5B; tokens of 1.5T are rounded from 1.43T.
+# params; Table 3 (approach 1): FLOPs, tokens; Table A3: FLOPs and tokens of approaches 2 and 3. Misprints of
+# the paper:
+# - Table A3 prints 1.26e24 for 175B by approach 3; its own tokens say 6 * 175e9 * 12.0e12 = 1.26e25, which
+#   stands here.
+# - The 67B rows are those of a larger model: 1.71e24 / (6 * 4.1e12) = 69.5B; tokens of 1.5T are rounded from
+#   1.43T.
+# - The text of section 3.4 (175B: 4.41e24 and 4.2T; 280B: 1e25 and 6.8T) disagrees with Table 3.
 ROWS = [
     (400e6, 1.92e19, 8.0e9, 1.84e19, 7.7e9, 2.21e19, 9.2e9),
     (1e9, 1.21e20, 20.2e9, 1.20e20, 20.0e9, 1.62e20, 27.1e9),
@@ -43,7 +48,8 @@ def test_table_a3_by_approach_2(row) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_table_a3_by_approach_3(row) -> None:
-    """The table's own slope is 0.4587, the TeX source's constants give 0.4565: they part by 7% over nine decades."""
+    """The table's own slope is 0.4587, the TeX source's constants give 0.4565: they part by 7% over nine
+    decades."""
     best = scaling.CHINCHILLA_3.frontier.at_flops(row[5])
     assert best.params == pytest.approx(row[0], rel=0.075)
     assert best.tokens == pytest.approx(row[6], rel=0.11)
@@ -105,7 +111,9 @@ def test_a_law_of_impossible_constants_is_refused(bad: float) -> None:
         scaling.ParametricLaw(bad, 1.0, 1.0, 0.3, 0.3)
 
 
-@pytest.mark.parametrize(("shape", "ratio"), list(zip(TABLE_A4, [1.03, 1.10, 1.08, 1.04, 1.03, 0.99])))
+@pytest.mark.parametrize(
+    ("shape", "ratio"), list(zip(TABLE_A4, [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], strict=True))
+)
 def test_table_a4_ratios_to_6nd(shape, ratio: float) -> None:
     """The printed ratios leave embedding and logits out of the operations, though the text counts them."""
     assert shape.flops_per_token(vocabulary=False) / (6 * shape.params) == pytest.approx(ratio, abs=0.006)
