@@ -42,8 +42,8 @@ FILE_KEYS: dict[KeyPath, str] = {("data", "mixture"): "data", ("launch", "cluste
 """Keys that name a YAML file, which may be a preset: the kind (subfolder of configs/) that its name is looked
 up in."""
 
-PATH_KEYS: tuple[KeyPath, ...] = (("checkpoint", "initialize_from"),)
-"""Other keys that name a path, relative to the file that names them."""
+PATH_KEYS: tuple[KeyPath, ...] = (("checkpoint", "initialize_from"), ("checkpoint", "copy_to"))
+"""Other keys that name a path, relative to the file that names them, or a URL."""
 
 
 def load_document(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Document:
@@ -137,7 +137,7 @@ class _Assembler:
         mark = self.document.mark(keys)
         if kind is not None:
             parent[keys[-1]] = str(self._find(named, kind, mark, keys))
-        else:
+        elif "://" not in named:
             parent[keys[-1]] = str(_absolute(named, self._folder(mark)))
 
     def _replace_output_dir(self) -> None:

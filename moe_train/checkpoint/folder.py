@@ -30,9 +30,14 @@ def checkpoint_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of that name is a checkpoint of a run, not one that was set aside or not finished."""
+    return _NAME.fullmatch(name) is not None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
-    return sorted((path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    return sorted((path for path in folder.glob("iter_*") if is_checkpoint_name(path.name) and path.is_dir()), key=step_of)
 
 
 def held_any(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from moe_train.checkpoint.mirror import Mirror
     from moe_train.model.jetmoe import JetMoE
     from moe_train.training.optimizer import Optimizer
     from parallel.topology import Topology
@@ -33,12 +34,15 @@ NOT_COMPARED = {"router", "max_sequence_length", "init_std"}
 """Parts of a model's config on which no trained weight depends."""
 
 
-def find_checkpoint(folder: Path, which: str = "auto", topology: Topology | None = None) -> Path | None:
+def find_checkpoint(
+    folder: Path, which: str = "auto", topology: Topology | None = None, mirror: Mirror | None = None
+) -> Path | None:
     """The checkpoint to resume from: ``auto``, the newest in ``folder`` that is whole, or the one that the path ``which`` means.
 
     None where there never was one. All ranks check the hashes together, each file once. A checkpoint that is not whole is
     set aside (renamed to ``.damaged``) with the reason on the console, and the one before is taken. When ``which`` is one of
-    ``folder``'s own, the later ones are set aside too (``.superseded``): the run is about to go another way.
+    ``folder``'s own, the later ones are set aside too (``.superseded``): the run is about to go another way. Where ``folder`` has none
+    (its disk is gone), rank 0 fetches the newest whole copy from ``mirror``.
 
     Raises:
         DamagedError: none of the checkpoints is whole, or the one that was asked for is not.
@@ -66,6 +70,10 @@ def find_checkpoint(folder: Path, which: str = "auto", topology: Topology | None
         damaged.append(f"{path.name}: {reason}")
         if first:
             _say(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
+    if fetched := ranks.from_rank_zero(_fetch(mirror, folder) if first and mirror else None):
+        if reason := what_is_wrong(fetched, ranks):
+            raise DamagedError(f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}")
+        return fetched
     if damaged or ranks.from_rank_zero(held_any(folder) if first else None):
         what = "; ".join(damaged) or "those it had are set aside or gone"
         raise DamagedError(f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere")
@@ -131,6 +139,13 @@ class _OneRank:
 
     def from_rank_zero(self, value: Any) -> Any:
         return value
+
+
+def _fetch(mirror: Mirror, folder: Path) -> Path | None:
+    fetched = mirror.fetch(folder)
+    if fetched is not None:
+        _say(f"{folder} holds no whole checkpoint; {fetched.name} was fetched from {mirror.url}")
+    return fetched
 
 
 def _remember(path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from moe_train.checkpoint.config import CheckpointConfig
@@ -44,9 +45,9 @@ def superseded(folder: Path, config: CheckpointConfig) -> list[Path]:
     return [path for path in found if path not in stay]
 
 
-def remove_superseded(folder: Path, config: CheckpointConfig) -> list[Path]:
-    """Remove what may go; returns what it was."""
-    gone = superseded(folder, config)
+def remove_superseded(folder: Path, config: CheckpointConfig, in_use: Collection[Path] = ()) -> list[Path]:
+    """Remove what may go, but what is ``in_use``; returns what it was."""
+    gone = [path for path in superseded(folder, config) if path not in in_use]
     for path in gone:
         remove(path)
     return gone

@@ -26,6 +26,7 @@ from moe_train.checkpoint.config import CheckpointConfig
 from moe_train.checkpoint.coverage import what_is_not_covered
 from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, checkpoint_name, clean, commit
 from moe_train.checkpoint.manifest import check_files, describe, write_manifest
+from moe_train.checkpoint.mirror import Mirror, Mirroring
 from moe_train.checkpoint.pieces import HostCopies, Piece, pieces_to_save
 from moe_train.checkpoint.random_state import random_state
 from moe_train.checkpoint.retention import remove_superseded
@@ -37,6 +38,8 @@ from parallel.topology import Topology
 
 RECEIPT_SECONDS = 1800.0
 """How long rank 0 waits for the receipts of the others."""
+COPY_SECONDS = 3600.0
+"""How long a run that has ended waits for its last copy."""
 
 
 class Checkpointer:
@@ -49,6 +52,7 @@ class Checkpointer:
         saved: called on rank 0 with the path of each committed checkpoint, from the thread that wrote it.
         may_commit: called on rank 0 before a checkpoint is committed; an error that it raises prevents that, and ends the run
             if it has an ``exit_code``.
+        mirror: on rank 0, where committed checkpoints are copied.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Checkpointer:
         warn: Callable[[str], None] = print,
         saved: Callable[[Path], None] = lambda path: None,
         may_commit: Callable[[], None] = lambda: None,
+        mirror: Mirror | None = None,
     ):
         self.folder, self.config, self.topology = folder, config, topology
         self.tokenizer, self.warn, self.saved, self.may_commit = tokenizer, warn, saved, may_commit
@@ -69,6 +74,7 @@ class Checkpointer:
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._last_failure: str | None = None
+        self._mirroring = Mirroring(mirror, self._copied) if mirror else None
         if topology.rank == 0:
             for path in clean(folder):
                 warn(f"{path} is left from an earlier start and cannot be removed")
@@ -108,7 +114,7 @@ class Checkpointer:
         """Until the save in flight, if any, is on disk on every rank and committed, or has failed on all. Every rank calls it.
 
         Raises:
-            PolicyStop: ``may_commit`` forbade it for good.
+            PolicyStop: ``may_commit`` forbade it for good, or it failed and ``on_failed_save`` is ``stop``.
         """
         if self._save is None:
             return
@@ -124,17 +130,19 @@ class Checkpointer:
         if self.topology.rank == 0:
             shutil.rmtree(save.writing, ignore_errors=True)
         text = f"the checkpoint {save.target.name} was not written ({failure}); the ones before are untouched"
-        if fatal:
+        if fatal or self.config.on_failed_save == "stop":
             raise PolicyStop(text)
         self._warn(text)
 
     def finish(self) -> None:
-        """:meth:`wait`, at the end of a run: what is not on disk now is lost.
+        """:meth:`wait`, at the end of a run, and until the copies are made: what is not on disk now is lost.
 
         Raises:
             PolicyStop: the last checkpoint could not be written.
         """
         self.wait()
+        if self._mirroring is not None and not self._mirroring.wait(COPY_SECONDS):
+            self._warn(f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up")
         if self._last_failure is not None:
             raise PolicyStop(
                 f"the last checkpoint could not be written ({self._last_failure}): the steps since the one before it are lost;"
@@ -145,6 +153,22 @@ class Checkpointer:
         """Let a save in flight come to its end when the run ends by an error. Asks nothing of other ranks."""
         if self._save is not None:
             self._save.join(seconds)
+
+    def committed(self, path: Path) -> None:
+        """On rank 0, from the thread that wrote it: a checkpoint is there now."""
+        self.saved(path)
+        in_use: set[Path] = set()
+        if self._mirroring is not None:
+            self._mirroring.submit(path)
+            in_use = self._mirroring.in_use
+        try:
+            remove_superseded(self.folder, self.config, in_use)
+        except OSError as error:
+            self.warn(f"an old checkpoint in {self.folder} could not be removed ({error})")
+
+    def _copied(self, checkpoint: Path, error: str | None) -> None:
+        if error is not None:
+            self.warn(f"{checkpoint.name} was not copied to {self.config.copy_to} ({error})")
 
     def _warn(self, text: str) -> None:
         if self.topology.rank == 0:
@@ -211,11 +235,7 @@ class _Save(threading.Thread):
         write_manifest(self.writing, entries)
         owner.may_commit()
         commit(self.target, self.writing)
-        owner.saved(self.target)
-        try:
-            remove_superseded(owner.folder, owner.config)
-        except OSError as error:
-            owner.warn(f"an old checkpoint in {owner.folder} could not be removed ({error})")
+        owner.committed(self.target)
 
     def _collect_receipts(self) -> list[tuple[SavePlan, Written]]:
         deadline = time.monotonic() + RECEIPT_SECONDS
