@@ -26,6 +26,8 @@ OPTIONS = (
     "training.global_batch_size=2",
     "checkpoint.interval=2 steps",
     "checkpoint.keep_last=2",
+    "schedule.warmup=64",
+    "schedule.decay=256",
 )
 
 
