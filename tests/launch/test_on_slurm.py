@@ -121,7 +121,9 @@ def test_interrupted_in_every_way_it_ends_as_if_undisturbed(slurm, tmp_path: Pat
     assert run.losses() == quiet.losses() and len(run.losses()) == 100
     found = json.loads(run.launch("status", "--json", str(run.folder)).stdout)
     assert found["state"] == "complete" and found["step"] == 100 and len(found["restarts"]) == len(run.starts()) - 1 >= 2
-    assert "the time was nearly up" in found["restarts"][0]["reason"] and "node failed" in found["restarts"][1]["reason"]
+    assert "the time was nearly up" in found["restarts"][0]["reason"]
+    # Who notices first writes the reason: Slurm that the node has gone, or the ranks that one of them has.
+    assert any(words in found["restarts"][1]["reason"] for words in ("node failed", "lost"))
     assert "complete: step 100" in run.launch("logs", str(run.folder), "--follow").stdout
 
 
