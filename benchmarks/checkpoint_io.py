@@ -1,20 +1,20 @@
-"""What a checkpoint costs: saving against writing the same bytes, loading against reading them, and how long training stands still.
+"""What a checkpoint costs: saving against writing the same bytes, loading against reading them, and how long
+training stands still.
 
-    python benchmarks/checkpoint_io.py                       the 60M preset in fp32, 0.7 GB, into a temporary folder here
-    python benchmarks/checkpoint_io.py --folder /scratch --rounds 7
+    python benchmarks/checkpoint_io.py                       the 60M preset in fp32, 0.7 GB, into a temporary
+    folder here python benchmarks/checkpoint_io.py --folder /scratch --rounds 7
 
-One process, one rank. All kinds take turns, files are new each time and flushed to the disk; before a read they are dropped from the
-page cache. Prints one JSON line; the ratios are medians over the rounds of neighbouring measurements:
+One process, one rank. All kinds take turns, files are new each time and flushed to the disk; before a read
+they are dropped from the page cache. Prints one JSON line; the ratios are medians over the rounds of
+neighbouring measurements:
 
-``save``     bytes/s of a synchronous save over those of a plain write with fsync (aim: at least 0.7)
-``load``     bytes/s of a load into the model over those of a plain read (of the bytes that it reads)
-``check``    bytes/s of checking the hashes over those of a plain read
-``hashing``  the part of the processor time of a save that goes into hashes
-``stall``    time that an asynchronous save keeps the loop from its next step, over the time of a synchronous one (aim: at most 0.15)
-``lost``     all that it costs the training until it is on disk, over the time of a synchronous one: on a machine whose processors
-             are all busy with training, the writer's own work is added to the stall; where one is idle, or training is on a
-             GPU, it is not
-"""
+``save``     bytes/s of a synchronous save over those of a plain write with fsync (aim: at least 0.7) ``load``
+bytes/s of a load into the model over those of a plain read (of the bytes that it reads) ``check``    bytes/s
+of checking the hashes over those of a plain read ``hashing``  the part of the processor time of a save that
+goes into hashes ``stall``    time that an asynchronous save keeps the loop from its next step, over the time
+of a synchronous one (aim: at most 0.15) ``lost``     all that it costs the training until it is on disk, over
+the time of a synchronous one: on a machine whose processors are all busy with training, the writer's own work
+is added to the stall; where one is idle, or training is on a GPU, it is not"""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ BATCH, SEQUENCE = 1, 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to be measured")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -53,7 +55,9 @@ def measure(folder: Path, rounds: int) -> dict:
     step()
     synchronous = saver(folder, False, chunks, optimizer, topology)
     background = saver(folder, True, chunks, optimizer, topology)
-    seconds: dict[str, list[float]] = {name: [] for name in ("write", "save", "read", "load", "check", "hash", "stall", "step", "lost")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("write", "save", "read", "load", "check", "hash", "stall", "step", "lost")
+    }
     content: memoryview | None = None
     for number in range(rounds + 1):
         if number % 2:  # what comes second finds a disk that is still busy
@@ -104,7 +108,8 @@ STATE = {"step": 0, "samples": 0, "tokens": 0}
 
 
 def build():
-    """(chunks, optimizer, topology, a function that takes one training step) of the 60M preset on one rank."""
+    """(chunks, optimizer, topology, a function that takes one training step) of the 60M preset on one
+    rank."""
     import torch
 
     from moe_train.config import OptimizerConfig, load_run
@@ -117,7 +122,11 @@ def build():
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
     from moe_train.training.step import Stepper
 
-    run = load_run(ROOT / "configs" / "run" / "demo.yaml", [f"model={ROOT / 'configs' / 'model' / 'bench_60m.yaml'}"], with_mixture=False)
+    run = load_run(
+        ROOT / "configs" / "run" / "demo.yaml",
+        [f"model={ROOT / 'configs' / 'model' / 'bench_60m.yaml'}"],
+        with_mixture=False,
+    )
     chunks = build_model(run.model, topology, ModelOptions())
     wrapped = wrap_data_parallel(chunks, overlap=False)
     optimizer = Optimizer(wrapped, OptimizerConfig(), bf16=False)

@@ -58,12 +58,15 @@ def load_and_save(layout: dict, source: str, folder: str, precision: str) -> int
 
 
 def weights_after_loading(source: str, precision: str) -> dict[str, torch.Tensor]:
-    """On one rank: parameters and, as ``main.NAME``, what the optimizer updates (all of it, as there is one rank)."""
+    """On one rank: parameters and, as ``main.NAME``, what the optimizer updates (all of it, as there is one
+    rank)."""
     from moe_train.checkpoint.load import load_checkpoint
 
     chunks, _, optimizer, _, topology = _built({}, precision, seed=99)
     load_checkpoint(Path(source), chunks, optimizer, topology)
-    found = {each.placement.name: each.placement.valid(each.detach()).clone() for each in chunks[0].parameters()}
+    found = {
+        each.placement.name: each.placement.valid(each.detach()).clone() for each in chunks[0].parameters()
+    }
     for shard in optimizer.shards():
         name = shard.parameter.placement.name
         found[f"main.{name}"] = shard.main.view(shard.parameter.placement.local_shape).clone()
@@ -102,7 +105,8 @@ def save_while_training(folder: str, steps: int) -> list[str]:
 
 
 def save_with_small_files(folder: str, rank: int, limit: int) -> tuple[list[str], str]:
-    """Save step 1; save step 2 while the files of ``rank`` may not grow beyond ``limit`` bytes, as on a disk that is full; save step 3.
+    """Save step 1; save step 2 while the files of ``rank`` may not grow beyond ``limit`` bytes, as on a disk
+    that is full; save step 3.
     Step 4 is the last one and fails in the same way: what the run ends with."""
     built = _built({}, "fp32")
     topology = built[-1]
@@ -154,7 +158,8 @@ def save_forbidden(folder: str) -> str:
 
 
 def save_and_die(folder: str, rank: int) -> None:
-    """Save step 1; then ``rank`` dies while its part of step 2 is being written, and the others wait a moment."""
+    """Save step 1; then ``rank`` dies while its part of step 2 is being written, and the others wait a
+    moment."""
     built = _built({}, "fp32")
     checkpointer, _ = _checkpointer(built, folder)
     checkpointer.save(1, _state(1))
@@ -172,7 +177,10 @@ def save_and_die(folder: str, rank: int) -> None:
             return dying
 
         # Rank 0 after its last file but the manifest, another rank between its file and its receipt.
-        save.write_metadata, save.write_pieces = die(write_metadata), write_pieces if rank == 0 else die(write_pieces)
+        save.write_metadata, save.write_pieces = (
+            die(write_metadata),
+            write_pieces if rank == 0 else die(write_pieces),
+        )
     checkpointer.save(2, _state(2))
     time.sleep(60 if built[-1].rank == rank else 2)
     raise RuntimeError("the other rank died")

@@ -24,8 +24,9 @@ class CheckpointConfig(BaseModel):
     on_failed_save: Literal["continue", "stop"] = "continue"
     """When one cannot be written (a full disk): say so and go on, or end the run (status 6)."""
     copy_to: str | None = None
-    """A second place for each of them: a folder on another file system, or a URL that fsspec knows (``s3://bucket/runs``). They lie
-    there below the name of the run's folder, and are what ``--resume auto`` takes when the run's own disk has none."""
+    """A second place for each of them: a folder on another file system, or a URL that fsspec knows
+    (``s3://bucket/runs``). They lie there below the name of the run's folder, and are what ``--resume auto``
+    takes when the run's own disk has none."""
     copy_keep_last: int = Field(2, ge=1)
     """The newest ones that stay there."""
     initialize_from: str | None = None

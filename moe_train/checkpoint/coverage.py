@@ -1,4 +1,5 @@
 """Whether the rectangles of a checkpoint cover every tensor of a model exactly once."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,8 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def what_is_not_covered(metadata: Metadata, config: ModelConfig) -> str | None:
-    """The first fault: a tensor that is missing, that is not the model's, or that its rectangles do not tile; None without one.
+    """The first fault: a tensor that is missing, that is not the model's, or that its rectangles do not tile;
+    None without one.
 
     Weights must be there; moments and main parameters of all parameters or of none.
     """
@@ -30,8 +32,12 @@ def what_is_not_covered(metadata: Metadata, config: ModelConfig) -> str | None:
         if kind not in KINDS or name not in shapes:
             return f"{key} is no part of the model in run_state.json"
         if tuple(tensor.size) != tuple(shapes[name]):
-            return f"{key} has the shape {tuple(tensor.size)}, the model in run_state.json {tuple(shapes[name])}"
-        if fault := what_is_not_tiled(tuple(tensor.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]):
+            return (
+                f"{key} has the shape {tuple(tensor.size)}, the model in run_state.json {tuple(shapes[name])}"
+            )
+        if fault := what_is_not_tiled(
+            tuple(tensor.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
+        ):
             return f"{key}: {fault}"
     return None
 
@@ -39,11 +45,13 @@ def what_is_not_covered(metadata: Metadata, config: ModelConfig) -> str | None:
 def what_is_not_tiled(shape: tuple[int, ...], rectangles: list[Rectangle]) -> str | None:
     """Why ``rectangles`` do not cover each element of a tensor once, or None.
 
-    They do if none sticks out, no two overlap, and their sizes add up. Sorted by their beginning in the longest dimension, one is
-    compared only with those that have not ended there.
-    """
+    They do if none sticks out, no two overlap, and their sizes add up. Sorted by their beginning in the
+    longest dimension, one is compared only with those that have not ended there."""
     for offset, extent in rectangles:
-        if any(start < 0 or length < 1 or start + length > size for start, length, size in zip(offset, extent, shape)):
+        if any(
+            start < 0 or length < 1 or start + length > size
+            for start, length, size in zip(offset, extent, shape)
+        ):
             return f"a rectangle at {offset} of {extent} sticks out"
     sweep = max(range(len(shape)), key=lambda dim: shape[dim], default=0)
     open_ones: list[Rectangle] = []

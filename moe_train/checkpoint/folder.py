@@ -1,8 +1,8 @@
 """The folder of checkpoints: names, what is committed, which one is meant. Needs no torch.
 
-A checkpoint is a folder ``iter_0000100`` whose manifest is whole. Whatever else lies beside has an ending: it is being written, being
-removed, or was set aside.
-"""
+A checkpoint is a folder ``iter_0000100`` whose manifest is whole. Whatever else lies beside has an ending: it
+is being written, being removed, or was set aside."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +20,8 @@ POINTER, RUN_STATE = "latest_checkpointed_iteration.txt", "run_state.json"
 WRITING, REMOVING = ".writing", ".removing"
 """Endings of folders that the next start removes: not finished, half removed."""
 DAMAGED, SUPERSEDED = ".damaged", ".superseded"
-"""Endings of folders that were set aside for people to look at: not whole, or of a part of the run that was given up."""
+"""Endings of folders that were set aside for people to look at: not whole, or of a part of the run that was
+given up."""
 
 _NAME = re.compile(r"iter_(\d{7,})")
 
@@ -37,13 +38,17 @@ def is_checkpoint_name(name: str) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
-    return sorted((path for path in folder.glob("iter_*") if is_checkpoint_name(path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in folder.glob("iter_*") if is_checkpoint_name(path.name) and path.is_dir()),
+        key=step_of,
+    )
 
 
 def held_any(folder: Path) -> bool:
     """Whether the run ever committed a checkpoint, as far as the folder tells."""
     return (folder / POINTER).exists() or any(
-        _NAME.match(path.name) and not path.name.partition(".")[2].startswith(WRITING[1:]) for path in folder.glob("iter_*")
+        _NAME.match(path.name) and not path.name.partition(".")[2].startswith(WRITING[1:])
+        for path in folder.glob("iter_*")
     )
 
 
@@ -53,14 +58,16 @@ def step_of(path: Path) -> int:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its newest complete one,
-    ``RUN_DIR@STEP`` the one of that step.
+    """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its
+    newest complete one, ``RUN_DIR@STEP`` the one of that step.
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
-    if any((path / name).exists() for name in (RUN_STATE, MANIFEST, MANIFEST_HASH)):  # one of them may be what was lost
+    if any(
+        (path / name).exists() for name in (RUN_STATE, MANIFEST, MANIFEST_HASH)
+    ):  # one of them may be what was lost
         return path
     at = re.fullmatch(r"(.+)@(\d+)", str(path))
     run, step = (Path(at[1]), int(at[2])) if at and not path.exists() else (path, None)
@@ -74,7 +81,10 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if step is not None:
         there = [step_of(each) for folder in (run / "checkpoints", run) for each in checkpoints(folder)]
         raise UserError(f"{run} has no checkpoint of step {step}; it has {there or 'none'}")
-    raise UserError(f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert` wrote")
+    raise UserError(
+        f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert`"
+        " wrote"
+    )
 
 
 def read_run_state(path: Path) -> dict[str, Any]:
@@ -92,7 +102,9 @@ def read_run_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{path / RUN_STATE} is unreadable") from None
     if version > FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train")
+        raise UserError(
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train"
+        )
     return state
 
 
@@ -129,7 +141,8 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path, ending: str) -> Path:
-    """Rename a checkpoint so that it is none any more; returns its new path, which is its own where it cannot be renamed."""
+    """Rename a checkpoint so that it is none any more; returns its new path, which is its own where it cannot
+    be renamed."""
     aside = _free(path, ending)
     try:
         path.rename(aside)

@@ -14,10 +14,11 @@ from moe_train.errors import DamagedError, UserError
 
 
 def list_checkpoints(run: str | Path, as_json: bool = False) -> int:
-    """Print the checkpoints of a run's folder: step, tokens, size, age, layout of the save, and how far it is known to be whole.
+    """Print the checkpoints of a run's folder: step, tokens, size, age, layout of the save, and how far it is
+    known to be whole.
 
-    Looks at sizes, not at contents: ``damaged`` is certain, ``complete`` has every file in its size, ``verified`` had its hashes checked.
-    """
+    Looks at sizes, not at contents: ``damaged`` is certain, ``complete`` has every file in its size,
+    ``verified`` had its hashes checked."""
     found = [_describe(path) for path in checkpoints(_checkpoints_of(run))]
     if as_json:
         print(json.dumps(found, indent=1))
@@ -35,14 +36,20 @@ def list_checkpoints(run: str | Path, as_json: bool = False) -> int:
         if each["step"] is None:
             table.add_row(each["checkpoint"], "", "", "", "", "", state)
         else:
-            figures = (str(each["step"]), count(each["tokens"]), count(each["bytes"]) + "B", duration(each["age_seconds"]))
+            figures = (
+                str(each["step"]),
+                count(each["tokens"]),
+                count(each["bytes"]) + "B",
+                duration(each["age_seconds"]),
+            )
             table.add_row(each["checkpoint"], *figures, each["layout"], state)
     Console().print(table)
     return 0
 
 
 def verify(checkpoint: str | Path, every: bool = False) -> int:
-    """Check the hash of every file of a checkpoint, and that it covers every element of the model exactly once.
+    """Check the hash of every file of a checkpoint, and that it covers every element of the model exactly
+    once.
 
     With ``every`` all checkpoints of a run's folder are checked, to the last one.
 
@@ -77,7 +84,9 @@ def _verify(path: Path) -> str:
         raise DamagedError(f"{path}: {fault}")
     if path.name.startswith("iter_"):
         mark_verified(path)
-    return f"{path}: {len(entries)} files are as written, {model.num_parameters():,} parameters are covered once"
+    return (
+        f"{path}: {len(entries)} files are as written, {model.num_parameters():,} parameters are covered once"
+    )
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """Loading: the newest checkpoint that is whole, into any layout."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -37,12 +38,14 @@ NOT_COMPARED = {"router", "max_sequence_length", "init_std"}
 def find_checkpoint(
     folder: Path, which: str = "auto", topology: Topology | None = None, mirror: Mirror | None = None
 ) -> Path | None:
-    """The checkpoint to resume from: ``auto``, the newest in ``folder`` that is whole, or the one that the path ``which`` means.
+    """The checkpoint to resume from: ``auto``, the newest in ``folder`` that is whole, or the one that the
+    path ``which`` means.
 
-    None where there never was one. All ranks check the hashes together, each file once. A checkpoint that is not whole is
-    set aside (renamed to ``.damaged``) with the reason on the console, and the one before is taken. When ``which`` is one of
-    ``folder``'s own, the later ones are set aside too (``.superseded``): the run is about to go another way. Where ``folder`` has none
-    (its disk is gone), rank 0 fetches the newest whole copy from ``mirror``.
+    None where there never was one. All ranks check the hashes together, each file once. A checkpoint that is
+    not whole is set aside (renamed to ``.damaged``) with the reason on the console, and the one before is
+    taken. When ``which`` is one of ``folder``'s own, the later ones are set aside too (``.superseded``): the
+    run is about to go another way. Where ``folder`` has none (its disk is gone), rank 0 fetches the newest
+    whole copy from ``mirror``.
 
     Raises:
         DamagedError: none of the checkpoints is whole, or the one that was asked for is not.
@@ -56,7 +59,8 @@ def find_checkpoint(
             raise DamagedError(f"{path}: {reason}; give another checkpoint, or --resume auto")
         if first and path.parent.resolve() == folder.resolve():
             for later in [each for each in checkpoints(folder) if step_of(each) > step_of(path)]:
-                _say(f"{later} is of a part of the run that is given up; set aside as {set_aside(later, SUPERSEDED).name}")
+                aside = set_aside(later, SUPERSEDED)
+                _say(f"{later} is of a part of the run that is given up; set aside as {aside.name}")
         return path
     if first:
         clean(folder)
@@ -72,11 +76,15 @@ def find_checkpoint(
             _say(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
     if fetched := ranks.from_rank_zero(_fetch(mirror, folder) if first and mirror else None):
         if reason := what_is_wrong(fetched, ranks):
-            raise DamagedError(f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}")
+            raise DamagedError(
+                f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}"
+            )
         return fetched
     if damaged or ranks.from_rank_zero(held_any(folder) if first else None):
         what = "; ".join(damaged) or "those it had are set aside or gone"
-        raise DamagedError(f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere")
+        raise DamagedError(
+            f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere"
+        )
     return None
 
 
@@ -97,7 +105,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill model and optimizer (unless None) from a checkpoint of any layout; returns its run state.
 
-    Each rank reads the rectangles it needs, and no rank asks another. Weights are cast where the checkpoint has another precision.
+    Each rank reads the rectangles it needs, and no rank asks another. Weights are cast where the checkpoint
+    has another precision.
 
     Raises:
         UserError: an optimizer is to be filled and the checkpoint holds weights alone.
@@ -106,7 +115,10 @@ def load_checkpoint(
     state, metadata = read_run_state(path), read_metadata(path)
     kinds = {key.partition(".")[0] for key in metadata.state_dict_metadata}
     if optimizer is not None and not ({"exp_avg", "exp_avg_sq"} <= kinds and "optimizer_steps" in state):
-        raise UserError(f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from), none go on with it")
+        raise UserError(
+            f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from),"
+            " none go on with it"
+        )
     read_pieces(path, pieces_to_load(chunks, optimizer, with_main="main" in kinds), metadata)
     if optimizer is not None:
         optimizer.set_steps_taken(state["optimizer_steps"])
@@ -115,7 +127,8 @@ def load_checkpoint(
 
 
 def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
-    """Raise UserError, naming the keys and both values, unless the checkpoint's model has the shape of ``config``."""
+    """Raise UserError, naming the keys and both values, unless the checkpoint's model has the shape of
+    ``config``."""
     theirs, ours = _flat(state["model"]), _flat(config.model_dump(mode="json"))
     differing = [
         f"model.{key} is {theirs.get(key)} in the checkpoint, {ours.get(key)} in the config"
@@ -123,7 +136,10 @@ def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
         if key.split(".")[0] not in NOT_COMPARED and theirs.get(key) != ours.get(key)
     ]
     if differing:
-        raise UserError(f"a checkpoint of another model: {'; '.join(differing)}; restore these keys, or start a new run elsewhere")
+        raise UserError(
+            f"a checkpoint of another model: {'; '.join(differing)}; restore these keys,"
+            " or start a new run elsewhere"
+        )
 
 
 class _OneRank:

@@ -1,4 +1,6 @@
-"""The manifest of a checkpoint: size and hash of every file, and the manifest's own hash beside it. Needs no torch."""
+"""The manifest of a checkpoint: size and hash of every file, and the manifest's own hash beside it. Needs no
+torch."""
+
 from __future__ import annotations
 
 import json
@@ -24,7 +26,8 @@ def hash_file(path: Path) -> str:
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """``{name: {"bytes", "xxh3_128"}}`` of files that are on disk (they are flushed first). For small files: it reads them."""
+    """``{name: {"bytes", "xxh3_128"}}`` of files that are on disk (they are flushed first). For small files:
+    it reads them."""
     entries = {}
     for name in names:
         path = folder / name
@@ -102,9 +105,14 @@ def _entries(folder: Path) -> tuple[dict[str, dict], str]:
     try:
         text, line = (folder / MANIFEST).read_bytes(), (folder / MANIFEST_HASH).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedError(f"{error.filename} is missing: the checkpoint was not finished or is damaged") from None
+        raise DamagedError(
+            f"{error.filename} is missing: the checkpoint was not finished or is damaged"
+        ) from None
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from None
     if line != _hash_line(text):  # byte for byte: a damaged line end counts too
-        raise DamagedError(f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together: one of them is damaged")
+        raise DamagedError(
+            f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together:"
+            " one of them is damaged"
+        )
     return json.loads(text)["files"], line.decode().strip()

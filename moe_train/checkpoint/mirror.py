@@ -1,9 +1,9 @@
-"""Copies of checkpoints in a second place: another file system, or an object store that fsspec knows. Needs no torch.
+"""Copies of checkpoints in a second place: another file system, or an object store that fsspec knows. Needs
+no torch.
 
-A copy is made of committed checkpoints, in a thread of rank 0, while training goes on. Its hash of the manifest is written last, after every
-file was read back and compared: an object store has no rename, so that is what makes a copy whole. When the run's own disk is
-gone, the newest whole copy is fetched.
-"""
+A copy is made of committed checkpoints, in a thread of rank 0, while training goes on. Its hash of the
+manifest is written last, after every file was read back and compared: an object store has no rename, so that
+is what makes a copy whole. When the run's own disk is gone, the newest whole copy is fetched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Mirror:
     """The second place.
 
     Args:
-        url: a folder, or what fsspec takes (``s3://bucket/run``; its package for that store must be installed).
+        url: a folder, or what fsspec takes (``s3://bucket/run``; its package for that store must be
+            installed).
         keep_last: copies that stay there.
 
     Raises:
@@ -50,7 +51,9 @@ class Mirror:
         except FileNotFoundError:
             return []
         names = {posixpath.basename(path.rstrip("/")) for path in found}
-        return sorted((name for name in names if is_checkpoint_name(name)), key=lambda name: step_of(Path(name)))
+        return sorted(
+            (name for name in names if is_checkpoint_name(name)), key=lambda name: step_of(Path(name))
+        )
 
     def push(self, path: Path) -> None:
         """Copy a committed checkpoint, read every file back, and only then make it a whole one.
@@ -60,7 +63,9 @@ class Mirror:
             OSError: it cannot be written.
         """
         there, entries = self._at(path.name), read_manifest(path)
-        if self._files.exists(there):  # half a copy of an earlier start, or one of a part that was computed again
+        if self._files.exists(
+            there
+        ):  # half a copy of an earlier start, or one of a part that was computed again
             self._files.rm(there, recursive=True)
         self._files.makedirs(there, exist_ok=True)
         for name in (*entries, MANIFEST):
@@ -74,11 +79,16 @@ class Mirror:
         """Remove all but the newest ``keep_last`` whole copies, and older ones that are not whole."""
         whole = [name for name in self.copies() if self._is_whole(name)]
         for name in self.copies():
-            if whole and name not in whole[-self.keep_last :] and step_of(Path(name)) < step_of(Path(whole[-1])):
+            if (
+                whole
+                and name not in whole[-self.keep_last :]
+                and step_of(Path(name)) < step_of(Path(whole[-1]))
+            ):
                 self._files.rm(self._at(name), recursive=True)
 
     def fetch(self, folder: Path) -> Path | None:
-        """Bring the newest copy that is whole into ``folder``, as a checkpoint like any other; None where there is none.
+        """Bring the newest copy that is whole into ``folder``, as a checkpoint like any other; None where
+        there is none.
 
         Raises:
             DamagedError: there are copies, but none is whole.
@@ -125,14 +135,16 @@ class Mirror:
 
 
 def open_mirror(config: CheckpointConfig, run: Path) -> Mirror | None:
-    """The second place of the run in the folder ``run``: below ``copy_to``, under its name; None where there is none."""
+    """The second place of the run in the folder ``run``: below ``copy_to``, under its name; None where there
+    is none."""
     if config.copy_to is None:
         return None
     return Mirror(posixpath.join(config.copy_to, run.resolve().name), config.copy_keep_last)
 
 
 class Mirroring:
-    """Copies checkpoints one after another in the background; when it falls behind, it goes on with the newest.
+    """Copies checkpoints one after another in the background; when it falls behind, it goes on with the
+    newest.
 
     Args:
         report: called from the thread after each copy with the checkpoint, and with what went wrong or None.

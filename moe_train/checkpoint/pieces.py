@@ -1,8 +1,9 @@
 """What one rank writes to a checkpoint and reads from it: rectangles of global tensors.
 
-The keys are a function of the model alone: ``weights.NAME`` in the model's precision, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``
-in fp32, and ``main.NAME`` in fp32 where the weights are not. No layout, nor any version of megatron-core, shows in them.
-"""
+The keys are a function of the model alone: ``weights.NAME`` in the model's precision, ``exp_avg.NAME`` and
+``exp_avg_sq.NAME`` in fp32, and ``main.NAME`` in fp32 where the weights are not. No layout, nor any version
+of megatron-core, shows in them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # tensors are read and written on machines without megatron-c
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the global tensor ``key``: ``tensor()`` is a view of the shape ``shape`` at ``offset``."""
+    """A rectangle of the global tensor ``key``: ``tensor()`` is a view of the shape ``shape`` at
+    ``offset``."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -32,7 +34,8 @@ class Piece:
 
 
 class HostCopies:
-    """Copies of pieces in host memory, kept from one save to the next: fresh memory costs several times what the copy does."""
+    """Copies of pieces in host memory, kept from one save to the next: fresh memory costs several times what
+    the copy does."""
 
     def __init__(self):
         self._copies: dict[tuple, torch.Tensor] = {}
@@ -45,7 +48,9 @@ class HostCopies:
             where = (piece.key, piece.offset)
             copied = self._copies.get(where)
             if copied is None or copied.shape != source.shape or copied.dtype != source.dtype:
-                copied = self._copies[where] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                copied = self._copies[where] = torch.empty(
+                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
+                )
             copied.copy_(source, non_blocking=source.is_cuda)
             taken.append(replace(piece, tensor=lambda copied=copied: copied))
         if any(copied.is_pinned() for copied in self._copies.values()):
@@ -54,15 +59,19 @@ class HostCopies:
 
 
 def pieces_to_save(optimizer: Optimizer) -> list[Piece]:
-    """What this rank owns: the ranges that its optimizer updates, of every parameter of which it holds the first copy.
+    """What this rank owns: the ranges that its optimizer updates, of every parameter of which it holds the
+    first copy.
 
-    The distributed optimizer has split each parameter over its data-parallel replicas, so each element is written once
-    and all ranks write about as much.
-    """
+    The distributed optimizer has split each parameter over its data-parallel replicas, so each element is
+    written once and all ranks write about as much."""
     pieces = []
     for shard in optimizer.shards():
         if shard.parameter.placement.replica == 0:
-            pieces += _of_shard("weights", shard, shard.parameter.detach().view(-1)[shard.start : shard.start + len(shard.main)])
+            pieces += _of_shard(
+                "weights",
+                shard,
+                shard.parameter.detach().view(-1)[shard.start : shard.start + len(shard.main)],
+            )
             pieces += _of_optimizer(shard)
     return pieces
 
@@ -70,8 +79,8 @@ def pieces_to_save(optimizer: Optimizer) -> list[Piece]:
 def pieces_to_load(chunks: list[JetMoE], optimizer: Optimizer | None, with_main: bool = True) -> list[Piece]:
     """What this rank needs: all of its parameters, and the optimizer state of the ranges that it updates.
 
-    ``with_main`` is whether the checkpoint holds fp32 main parameters beside the weights: they are what a model in fp32 takes.
-    """
+    ``with_main`` is whether the checkpoint holds fp32 main parameters beside the weights: they are what a
+    model in fp32 takes."""
     pieces = []
     for chunk in chunks:
         for parameter in chunk.parameters():

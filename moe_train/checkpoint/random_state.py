@@ -1,4 +1,6 @@
-"""The state of the random generators, for a checkpoint. No operation of the model draws from them: they are kept for what users add."""
+"""The state of the random generators, for a checkpoint. No operation of the model draws from them: they are
+kept for what users add."""
+
 from __future__ import annotations
 
 import base64
@@ -11,7 +13,10 @@ import torch
 def random_state() -> dict[str, Any]:
     """Python's and torch's generators, as JSON can hold them."""
     version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": _encode(torch.get_rng_state())}
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "torch": _encode(torch.get_rng_state()),
+    }
     if torch.cuda.is_available():
         state["cuda"] = _encode(torch.cuda.get_rng_state())
     return state

@@ -1,4 +1,6 @@
-"""Pieces out of the files of torch.distributed.checkpoint: of each stored rectangle, only the part that is asked for is read."""
+"""Pieces out of the files of torch.distributed.checkpoint: of each stored rectangle, only the part that is
+asked for is read."""
+
 from __future__ import annotations
 
 import math
@@ -43,7 +45,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def read_pieces(folder: Path, pieces: list[Piece], metadata: Metadata | None = None) -> None:
-    """Fill ``pieces`` from the checkpoint ``folder``, from whichever rectangles it was written in. Asks nothing of other ranks.
+    """Fill ``pieces`` from the checkpoint ``folder``, from whichever rectangles it was written in. Asks
+    nothing of other ranks.
 
     Raises:
         DamagedError: a piece is not there, has another shape, or a file ends too early.
@@ -59,7 +62,8 @@ class PieceLoader(LoadPlanner):
     """What one rank reads, cast to the precision of its pieces."""
 
     def __init__(self, pieces: list[Piece]):
-        # Two pieces may want the same rectangle: weights and main parameters, when the checkpoint has one for both.
+        # Two pieces may want the same rectangle: weights and main parameters, when the checkpoint has one for
+        # both.
         self._pieces = {str(number): piece for number, piece in enumerate(pieces)}
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
@@ -72,7 +76,10 @@ class PieceLoader(LoadPlanner):
             if stored is None:
                 raise DamagedError(f"the checkpoint has no {piece.key}")
             if tuple(stored.size) != piece.global_shape:
-                raise DamagedError(f"{piece.key} has the shape {tuple(stored.size)} in the checkpoint, {piece.global_shape} here")
+                raise DamagedError(
+                    f"{piece.key} has the shape {tuple(stored.size)} in the checkpoint,"
+                    f" {piece.global_shape} here"
+                )
             chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
             found = create_read_items_for_chunk_list(piece.key, stored, [chunk])
             if sum(item.lengths.numel() for item in found) != chunk.sizes.numel():
@@ -100,8 +107,8 @@ class PieceLoader(LoadPlanner):
 
 
 class SpanReader(FileSystemReader):
-    """Reads of each stored tensor the bytes between the first and the last that are wanted; torch's own reads it whole, so that
-    many ranks that each want a part of a large tensor would read it many times over."""
+    """Reads of each stored tensor the bytes between the first and the last that are wanted; torch's own reads
+    it whole, so that many ranks that each want a part of a large tensor would read it many times over."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[tuple[int, ReadItem]]] = {}
@@ -114,13 +121,17 @@ class SpanReader(FileSystemReader):
                 begin: dict[int, int] = {}  # of an archive -> of the tensor's bytes in it
                 for offset, item in sorted(items, key=lambda pair: pair[0]):
                     if offset not in begin:
-                        begin[offset] = offset + _data_offset(path, file.fileno(), self.storage_data[item.storage_index])
+                        begin[offset] = offset + _data_offset(
+                            path, file.fileno(), self.storage_data[item.storage_index]
+                        )
                     self._read(path, file.fileno(), begin[offset], item, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._tensors = metadata.state_dict_metadata
 
@@ -129,16 +140,24 @@ class SpanReader(FileSystemReader):
         shape = stored.chunks[item.storage_index.index].sizes
         target = planner.resolve_tensor(item).detach()
         try:
-            read_rectangle(file, begin, tuple(shape), tuple(item.storage_offsets), stored.properties.dtype, target)
+            read_rectangle(
+                file, begin, tuple(shape), tuple(item.storage_offsets), stored.properties.dtype, target
+            )
         except (EOFError, OSError) as error:
             raise DamagedError(f"{path}: {item.storage_index.fqn} cannot be read ({error})") from None
         planner.commit_tensor(item, target)
 
 
 def read_rectangle(
-    file: int, begin: int, shape: tuple[int, ...], offset: tuple[int, ...], dtype: torch.dtype, target: torch.Tensor
+    file: int,
+    begin: int,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    dtype: torch.dtype,
+    target: torch.Tensor,
 ) -> None:
-    """Fill ``target`` with the rectangle of its shape at ``offset`` of a row-major tensor that lies in an open file from byte ``begin``.
+    """Fill ``target`` with the rectangle of its shape at ``offset`` of a row-major tensor that lies in an
+    open file from byte ``begin``.
 
     Where most of the bytes between its first and its last element are not its own, it is read row by row.
 
@@ -184,7 +203,8 @@ def _open(path: Path):
 
 
 def _data_offset(path: Path, file: int, where) -> int:
-    """Where in the archive that holds one tensor its bytes begin: torch.save stores them uncompressed, as ``data/0``."""
+    """Where in the archive that holds one tensor its bytes begin: torch.save stores them uncompressed, as
+    ``data/0``."""
     try:
         view = _Part(file, where.offset, where.length)
         with zipfile.ZipFile(view) as archive:
@@ -194,7 +214,9 @@ def _data_offset(path: Path, file: int, where) -> int:
         view.seek(entry.header_offset + 26)
         name, extra = (int.from_bytes(view.read(2), "little") for _ in range(2))
     except (zipfile.BadZipFile, StopIteration, OSError, ValueError) as error:
-        raise DamagedError(f"{path}: no tensor at byte {where.offset} ({error or type(error).__name__})") from None
+        raise DamagedError(
+            f"{path}: no tensor at byte {where.offset} ({error or type(error).__name__})"
+        ) from None
     return entry.header_offset + 30 + name + extra
 
 

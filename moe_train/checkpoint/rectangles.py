@@ -1,15 +1,19 @@
-"""A flat range of a tensor as rectangles: how a sharded optimizer's state becomes pieces of a global tensor."""
+"""A flat range of a tensor as rectangles: how a sharded optimizer's state becomes pieces of a global
+tensor."""
+
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
 
-def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def rectangles(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The elements ``start .. stop`` of a row-major tensor as (offset, extent) pairs, in order.
 
-    At most ``2 * len(shape) - 1`` of them: the end of a row, whole rows, the beginning of a row, in each dimension.
-    """
+    At most ``2 * len(shape) - 1`` of them: the end of a row, whole rows, the beginning of a row, in each
+    dimension."""
     if start >= stop:
         return
     if len(shape) == 1:

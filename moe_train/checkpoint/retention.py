@@ -1,4 +1,6 @@
-"""Which checkpoints stay: the newest few, one each so often for good, and always the last one known to be whole. Needs no torch."""
+"""Which checkpoints stay: the newest few, one each so often for good, and always the last one known to be
+whole. Needs no torch."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,8 @@ from moe_train.checkpoint.manifest import flush, manifest_hash
 from moe_train.errors import DamagedError, UserError
 
 VERIFIED = "verified.json"
-"""Beside the checkpoints: which of them had all their hashes checked after they were written, by the hash of their manifest."""
+"""Beside the checkpoints: which of them had all their hashes checked after they were written, by the hash of
+their manifest."""
 
 
 def mark_verified(path: Path) -> None:

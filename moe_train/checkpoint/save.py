@@ -1,12 +1,13 @@
 """Saving: every rank writes what it owns, and nothing is a checkpoint until all of it is on disk.
 
-A checkpoint is written to ``iter_0000100.writing.TOKEN``. Each rank leaves a receipt with what it wrote; when rank 0 has all receipts
-it writes the metadata, the run state and the manifest, renames the folder and only then moves the pointer. Since
-receipts are files, nothing in the background waits in a collective, and a rank that dies leaves no receipt and so no
-checkpoint.
+A checkpoint is written to ``iter_0000100.writing.TOKEN``. Each rank leaves a receipt with what it wrote; when
+rank 0 has all receipts it writes the metadata, the run state and the manifest, renames the folder and only
+then moves the pointer. Since receipts are files, nothing in the background waits in a collective, and a rank
+that dies leaves no receipt and so no checkpoint.
 
 By default (``checkpoint.async``) a thread does that from a copy in host memory, while training goes on.
 """
+
 from __future__ import annotations
 
 import json
@@ -47,11 +48,11 @@ class Checkpointer:
 
     Args:
         folder: ``checkpoints/`` of the run, on a file system that all ranks share.
-        warn: gets one line when a checkpoint could not be written (training goes on and the ones before stay), and
-            when training had to wait for one.
+        warn: gets one line when a checkpoint could not be written (training goes on and the ones before
+            stay), and when training had to wait for one.
         saved: called on rank 0 with the path of each committed checkpoint, from the thread that wrote it.
-        may_commit: called on rank 0 before a checkpoint is committed; an error that it raises prevents that, and ends the run
-            if it has an ``exit_code``.
+        may_commit: called on rank 0 before a checkpoint is committed; an error that it raises prevents that,
+            and ends the run if it has an ``exit_code``.
         mirror: on rank 0, where committed checkpoints are copied.
     """
 
@@ -78,8 +79,8 @@ class Checkpointer:
         if topology.rank == 0:
             for path in clean(folder):
                 warn(f"{path} is left from an earlier start and cannot be removed")
-        # A rank of an earlier start that still writes must not write into a folder of this one. Until rank 0 has cleaned up, no
-        # rank knows the token, and so none writes.
+        # A rank of an earlier start that still writes must not write into a folder of this one. Until rank 0
+        # has cleaned up, no rank knows the token, and so none writes.
         self._token = topology.from_rank_zero(secrets.token_hex(4))
 
     def save(self, step: int, run_state: dict[str, Any]) -> None:
@@ -88,7 +89,9 @@ class Checkpointer:
         self.wait()
         waited = time.perf_counter() - began
         if before is not None and waited > 1.0:
-            self._warn(f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written")
+            self._warn(
+                f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written"
+            )
         pieces = pieces_to_save(self._optimizer)
         if self.config.async_save:
             pieces = self._copies.take(pieces)
@@ -111,7 +114,8 @@ class Checkpointer:
         return self._save is not None and self._save.is_alive()
 
     def wait(self) -> None:
-        """Until the save in flight, if any, is on disk on every rank and committed, or has failed on all. Every rank calls it.
+        """Until the save in flight, if any, is on disk on every rank and committed, or has failed on all.
+        Every rank calls it.
 
         Raises:
             PolicyStop: ``may_commit`` forbade it for good, or it failed and ``on_failed_save`` is ``stop``.
@@ -123,7 +127,9 @@ class Checkpointer:
         first = next((failure for failure in failures if failure), None)
         if self.topology.rank == 0:
             save.finish(first)
-        failure, fatal = self.topology.from_rank_zero((save.failure, save.fatal) if self.topology.rank == 0 else None)
+        failure, fatal = self.topology.from_rank_zero(
+            (save.failure, save.fatal) if self.topology.rank == 0 else None
+        )
         self._last_failure = failure
         if failure is None:
             return
@@ -142,10 +148,13 @@ class Checkpointer:
         """
         self.wait()
         if self._mirroring is not None and not self._mirroring.wait(COPY_SECONDS):
-            self._warn(f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up")
+            self._warn(
+                f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up"
+            )
         if self._last_failure is not None:
             raise PolicyStop(
-                f"the last checkpoint could not be written ({self._last_failure}): the steps since the one before it are lost;"
+                f"the last checkpoint could not be written ({self._last_failure}):"
+                " the steps since the one before it are lost;"
                 f" make room in {self.folder} and start the run again"
             )
 
@@ -178,7 +187,9 @@ class Checkpointer:
 class _Save(threading.Thread):
     """One checkpoint on its way to the disk, on one rank."""
 
-    def __init__(self, owner: Checkpointer, target: Path, token: str, pieces: list[Piece], state: dict[str, Any]):
+    def __init__(
+        self, owner: Checkpointer, target: Path, token: str, pieces: list[Piece], state: dict[str, Any]
+    ):
         super().__init__(name=f"saving {target.name}", daemon=True)
         self.target, self.writing = target, target.with_name(f"{target.name}{WRITING}.{token}")
         self.failure: str | None = None
@@ -209,7 +220,8 @@ class _Save(threading.Thread):
         return None if self.failure is None else f"rank {self._rank}: {self.failure}"
 
     def finish(self, failure: str | None) -> None:
-        """On rank 0, that every rank has come to the end of its part, or with what ``failure``: until committed, or not."""
+        """On rank 0, that every rank has come to the end of its part, or with what ``failure``: until
+        committed, or not."""
         self._abort = failure
         self.join()
         self.failure = failure or self.failure

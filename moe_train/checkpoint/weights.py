@@ -1,4 +1,5 @@
 """A model's weights as global tensors, one at a time, without ranks: what converters read and write."""
+
 from __future__ import annotations
 
 import errno
@@ -10,7 +11,14 @@ from typing import Any
 
 import torch
 
-from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, read_run_state, resolve_checkpoint, tokenizer_in
+from moe_train.checkpoint.folder import (
+    FORMAT_VERSION,
+    RUN_STATE,
+    WRITING,
+    read_run_state,
+    resolve_checkpoint,
+    tokenizer_in,
+)
 from moe_train.checkpoint.manifest import check_files, describe, flush, read_manifest, write_manifest
 from moe_train.checkpoint.pieces import Piece
 from moe_train.checkpoint.reader import read_metadata, read_pieces
@@ -19,15 +27,28 @@ from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import ModelConfig
 
 PREFIX = "weights."
-_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
-_PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of what computes with the weights; fp16 is not one
+_NOT_WRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EFBIG,
+}
+_PRECISIONS = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}  # of what computes with the weights; fp16 is not one
 
 
 class WeightsReader:
     """Reads the weights of a checkpoint.
 
     Attributes:
-        path: the checkpoint; ``state``: its run state; ``config``: its model's config; ``shapes``: global name -> shape.
+        path: the checkpoint; ``state``: its run state; ``config``: its model's config; ``shapes``: global
+            name -> shape.
     """
 
     def __init__(self, path: str | Path):
@@ -36,11 +57,16 @@ class WeightsReader:
         self.config = ModelConfig.model_validate(self.state["model"])
         self._metadata = read_metadata(self.path)
         stored = self._metadata.state_dict_metadata
-        self.shapes = {key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)}
+        self.shapes = {
+            key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)
+        }
         self._dtypes = {name: stored[PREFIX + name].properties.dtype for name in self.shapes}
         if set(self.shapes) != set(self.config.parameter_shapes()):
             odd = sorted(set(self.shapes) ^ set(self.config.parameter_shapes()))
-            raise DamagedError(f"{self.path}: the weights are not those of its model's config: {odd[0]} and {len(odd) - 1} more")
+            raise DamagedError(
+                f"{self.path}: the weights are not those of its model's config:"
+                f" {odd[0]} and {len(odd) - 1} more"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +82,8 @@ class WeightsReader:
         return self._dtypes[name]
 
     def read(self, name: str, exact: bool = False) -> torch.Tensor:
-        """One whole parameter, in the precision it was stored in; ``exact``: its fp32 main parameter where there is one."""
+        """One whole parameter, in the precision it was stored in; ``exact``: its fp32 main parameter where
+        there is one."""
         shape, key = self.shapes[name], PREFIX + name
         if exact and f"main.{name}" in self._metadata.state_dict_metadata:
             key = f"main.{name}"
@@ -74,9 +101,11 @@ def write_weights(
     tokenizer: Path | None = None,
     extra_state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint of weights alone. ``tensors`` come in the order of ``config.parameter_shapes()``, one in memory at a time.
+    """Write a checkpoint of weights alone. ``tensors`` come in the order of ``config.parameter_shapes()``,
+    one in memory at a time.
 
-    ``dtype`` is that of all tensors, or of each by its name. The folder appears under its name once it is complete.
+    ``dtype`` is that of all tensors, or of each by its name. The folder appears under its name once it is
+    complete.
 
     Raises:
         UserError: ``path`` exists, or cannot be written.
@@ -95,13 +124,18 @@ def write_weights(
         flush(path.parent)
     except BaseException as error:
         shutil.rmtree(writing, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:  # not what the source of the tensors may raise
-            raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another folder") from None
+        if (
+            isinstance(error, OSError) and error.errno in _NOT_WRITABLE
+        ):  # not what the source of the tensors may raise
+            raise UserError(
+                f"{path} cannot be written ({error.strerror or error}): choose another folder"
+            ) from None
         raise
 
 
 def extract_weights(checkpoint: str | Path, out: str | Path, precision: str | None = None) -> int:
-    """``moe-train checkpoint convert --weights``: the weights of a checkpoint alone, in ``precision`` (fp32 or bf16; None: its own).
+    """``moe-train checkpoint convert --weights``: the weights of a checkpoint alone, in ``precision`` (fp32
+    or bf16; None: its own).
 
     In fp32 they are the main parameters of a run in bf16, where the checkpoint has them.
 
@@ -112,11 +146,16 @@ def extract_weights(checkpoint: str | Path, out: str | Path, precision: str | No
     if damage := check_files(reader.path, read_manifest(reader.path)):
         raise DamagedError(f"{reader.path}: {damage}")
     own = {name: reader.dtype(name) for name in reader.names}
-    dtypes = own if precision is None else dict.fromkeys(reader.names, {value: key for key, value in _PRECISIONS.items()}[precision])
+    dtypes = (
+        own
+        if precision is None
+        else dict.fromkeys(reader.names, {value: key for key, value in _PRECISIONS.items()}[precision])
+    )
     kept = {key: reader.state[key] for key in ("step", "samples", "tokens") if key in reader.state}
     tensors = ((name, reader.read(name, exact=dtypes[name] == torch.float32)) for name in reader.names)
     write_weights(out, reader.config, tensors, dtypes, reader.tokenizer, kept)
-    print(f"{out}: {reader.config.num_parameters():,} parameters in {precision or reader.state.get('precision', 'their own precision')}")
+    stored = precision or reader.state.get("precision", "their own precision")
+    print(f"{out}: {reader.config.num_parameters():,} parameters in {stored}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """Pieces into the files of torch.distributed.checkpoint, hashed as the bytes pass.
 
-What is used of that library is its metadata and file format, not its driver: the driver asks the other ranks at every turn, which must
-not happen beside the collectives of the training that goes on meanwhile. Its own loader reads what is written here.
-"""
+What is used of that library is its metadata and file format, not its driver: the driver asks the other ranks
+at every turn, which must not happen beside the collectives of the training that goes on meanwhile. Its own
+loader reads what is written here."""
+
 from __future__ import annotations
 
 import io
@@ -16,14 +17,19 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from moe_train.checkpoint.pieces import Piece
 from moe_train.checkpoint.reader import METADATA
 
-# The archive around each tensor would get a checksum that nothing reads and that costs more than the write itself; ours is
-# in the manifest.
+# The archive around each tensor would get a checksum that nothing reads and that costs more than the write
+# itself; ours is in the manifest.
 torch.serialization.set_crc32_options(False)
 
 
@@ -41,13 +47,15 @@ def plan(pieces: Iterable[Piece]) -> SavePlan:
 
 
 def merge_plans(plans: list[SavePlan]) -> Metadata:
-    """The metadata of a checkpoint of which each rank writes its plan; where the pieces lie is not known yet."""
+    """The metadata of a checkpoint of which each rank writes its plan; where the pieces lie is not known
+    yet."""
     _, metadata = create_default_global_save_plan(plans, rewrite_index_hints=False)
     return metadata
 
 
 def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> Written:
-    """Write one rank's file and flush it to the disk. One piece at a time is in memory besides what the pieces hold.
+    """Write one rank's file and flush it to the disk. One piece at a time is in memory besides what the
+    pieces hold.
 
     Raises:
         OSError: the disk is full, the folder is gone or cannot be written.
@@ -67,7 +75,9 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> Written:
 def write_metadata(folder: Path, metadata: Metadata, written: Iterable[Written]) -> dict[str, dict]:
     """Write the metadata, the index of all ranks' files; returns its entry for the manifest."""
     metadata.storage_data = {index: place for each in written for index, place in each.places.items()}
-    metadata.planner_data = {key: (key,) for key in metadata.state_dict_metadata}  # torch's own tools ask for it
+    metadata.planner_data = {
+        key: (key,) for key in metadata.state_dict_metadata
+    }  # torch's own tools ask for it
     metadata.version = CURRENT_DCP_VERSION
     with _HashingFile(folder / METADATA) as file:
         file.write(pickle.dumps(metadata, protocol=4))

@@ -1,8 +1,9 @@
 """One start at a time writes a run's folder: the newest. Needs no torch.
 
-A requeued job can come to life while its earlier incarnation still hangs on another node, and people start things twice. Every start
-takes a number in ``owner.json``, one more than the last, and looks whether it still has the folder before it commits a
-checkpoint and before each line of metrics. Who has lost it ends with status 6 and writes nothing more.
+A requeued job can come to life while its earlier incarnation still hangs on another node, and people start
+things twice. Every start takes a number in ``owner.json``, one more than the last, and looks whether it still
+has the folder before it commits a checkpoint and before each line of metrics. Who has lost it ends with
+status 6 and writes nothing more.
 
     fence = Fence.take(Path("runs/demo"))
     fence.check()       # FencedError once another start has taken the folder
@@ -31,7 +32,8 @@ class FencedError(PolicyStop):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes the folder: ``number`` counts the starts that did; ``born`` tells a process from a later one with the same id."""
+    """Who writes the folder: ``number`` counts the starts that did; ``born`` tells a process from a later one
+    with the same id."""
 
     number: int
     job: str | None
@@ -49,7 +51,8 @@ class Owner:
         return f"start {self.number} ({job}process {self.pid} on {self.host}, since {self.started})"
 
     def may_be_alive(self) -> bool:
-        """Whether the process can still be there: known on its own host, not ruled out elsewhere unless it said that it ended."""
+        """Whether the process can still be there: known on its own host, not ruled out elsewhere unless it
+        said that it ended."""
         return self.ended is None and (
             self.host != socket.gethostname() or (self.born is not None and _born(self.pid) == self.born)
         )
@@ -78,9 +81,21 @@ class Fence:
         with _locked(folder / LOCK):
             previous = owner_of(folder)
             if previous and job and previous.job == job and previous.restart > restart:
-                raise FencedError(f"{folder} belongs to {previous.describe()}, which came after this one (restart {restart})")
+                raise FencedError(
+                    f"{folder} belongs to {previous.describe()}, which came after this one"
+                    f" (restart {restart})"
+                )
             number = previous.number + 1 if previous else 1
-            owner = Owner(number, job, restart, socket.gethostname(), os.getpid(), os.getppid(), _born(os.getpid()), now())
+            owner = Owner(
+                number,
+                job,
+                restart,
+                socket.gethostname(),
+                os.getpid(),
+                os.getppid(),
+                _born(os.getpid()),
+                now(),
+            )
             _write(folder, owner)
         return cls(folder, owner, previous)
 
@@ -88,7 +103,10 @@ class Fence:
         """Raise FencedError unless this process still has the folder."""
         owner = owner_of(self.folder)
         if owner is not None and owner != self.owner:
-            raise FencedError(f"{self.folder} was taken over by {owner.describe()}: this one ({self.owner.number}) ends and writes no more")
+            raise FencedError(
+                f"{self.folder} was taken over by {owner.describe()}:"
+                f" this one ({self.owner.number}) ends and writes no more"
+            )
 
     def release(self) -> None:
         """Note that this start has ended, if the folder is still its own."""
@@ -97,9 +115,14 @@ class Fence:
 
 
 def taken_over(folder: Path, since: str) -> bool:
-    """For the process above the ranks: whether somebody else's rank has taken the folder ``since`` its own were started."""
+    """For the process above the ranks: whether somebody else's rank has taken the folder ``since`` its own
+    were started."""
     owner = owner_of(folder)
-    return owner is not None and owner.started >= since and (owner.host, owner.parent) != (socket.gethostname(), os.getpid())
+    return (
+        owner is not None
+        and owner.started >= since
+        and (owner.host, owner.parent) != (socket.gethostname(), os.getpid())
+    )
 
 
 def owner_of(folder: Path) -> Owner | None:
@@ -116,7 +139,8 @@ def _write(folder: Path, owner: Owner) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that goes with the process that holds it: none is ever stale. Some file systems have none; then without."""
+    """Hold a lock that goes with the process that holds it: none is ever stale. Some file systems have none;
+    then without."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -129,7 +153,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _born(pid: int) -> int | None:
-    """When a process of this machine was started, in ticks since the machine was; None where there is none."""
+    """When a process of this machine was started, in ticks since the machine was; None where there is
+    none."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

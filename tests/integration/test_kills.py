@@ -48,7 +48,8 @@ def processes_of(start: subprocess.Popen) -> list[int]:
 
 
 def wait_for_a_moment(start: subprocess.Popen, run: Path, number: random.Random) -> None:
-    """Some time after the start: before its first step, or a few steps on and then anywhere in a step or a save."""
+    """Some time after the start: before its first step, or a few steps on and then anywhere in a step or a
+    save."""
     metrics, before = run / "metrics.jsonl", time.time()
     if number.random() < 0.25:
         time.sleep(number.uniform(0, 6))

@@ -1,4 +1,5 @@
-"""Two starts of one run at the same time: the newer has the folder, the older ends and writes nothing more."""
+"""Two starts of one run at the same time: the newer has the folder, the older ends and writes nothing
+more."""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ def test_a_bad_one_is_named_and_set_aside_not_deleted(run, capsys) -> None:
     (folder / "iter_0000200" / "__0_0.distcp").unlink()
     assert find_checkpoint(folder) == folder / "iter_0000100"
     said = capsys.readouterr().out
-    assert "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
+    assert (
+        "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
+    )
     assert (folder / "iter_0000300.damaged" / "run_state.json").exists()
     assert (folder / POINTER).read_text() == "100\n"
 
@@ -101,7 +103,8 @@ def test_a_pointer_to_nothing(run) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "100\n", "900\n", "nonsense"])
 def test_the_pointer_does_not_decide(run, content) -> None:
-    """Killed between the rename and the pointer, or somebody's editor: the folders themselves are what counts."""
+    """Killed between the rename and the pointer, or somebody's editor: the folders themselves are what
+    counts."""
     pointer = run / "checkpoints" / POINTER
     pointer.unlink() if content is None else pointer.write_text(content)
     assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "iter_0000300"
@@ -114,7 +117,11 @@ def test_what_a_killed_save_left_goes(run) -> None:
         (folder / name).mkdir()
         (folder / name / "__0_0.distcp").touch()
     assert find_checkpoint(folder) == folder / "iter_0000300"
-    assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000100", "iter_0000200", "iter_0000300"]
+    assert sorted(path.name for path in folder.glob("iter_*")) == [
+        "iter_0000100",
+        "iter_0000200",
+        "iter_0000300",
+    ]
 
 
 def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, capsys) -> None:

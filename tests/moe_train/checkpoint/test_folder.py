@@ -31,7 +31,10 @@ def test_one_that_was_not_finished_is_not_meant(run) -> None:
     assert resolve_checkpoint(run).name == "iter_0000200"
 
 
-@pytest.mark.parametrize("path, said", [("nowhere", "holds no checkpoint"), ("run@150", r"no checkpoint of step 150; it has \[100")])
+@pytest.mark.parametrize(
+    "path, said",
+    [("nowhere", "holds no checkpoint"), ("run@150", r"no checkpoint of step 150; it has \[100")],
+)
 def test_a_path_that_means_none(run, path, said) -> None:
     with pytest.raises(UserError, match=said):
         resolve_checkpoint(run.parent / path)
@@ -64,7 +67,9 @@ def folder(tmp_path) -> Path:
     for step in range(100, 1100, 100):
         path = tmp_path / checkpoint_name(step)
         path.mkdir()
-        (path / "run_state.json").write_text(json.dumps({"format_version": 1, "step": step, "tokens": 1000 * step}))
+        (path / "run_state.json").write_text(
+            json.dumps({"format_version": 1, "step": step, "tokens": 1000 * step})
+        )
     return tmp_path
 
 

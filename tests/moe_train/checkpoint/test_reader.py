@@ -1,4 +1,5 @@
-"""Files of torch.distributed.checkpoint: ours are read by torch's own loader, its by ours, and of each only what is wanted."""
+"""Files of torch.distributed.checkpoint: ours are read by torch's own loader, its by ours, and of each only
+what is wanted."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def matrix() -> torch.Tensor:
 def saved(tmp_path, matrix):
     """One tensor in three rectangles of two ranks, and another in bf16."""
     first = [part("a", matrix, (0, 0), (2, 7)), part("a", matrix, (2, 0), (1, 4))]
-    second = [part("a", matrix, (2, 4), (1, 3)), part("a", matrix, (3, 0), (2, 7)), whole("b", matrix.bfloat16())]
+    second = [
+        part("a", matrix, (2, 4), (1, 3)),
+        part("a", matrix, (3, 0), (2, 7)),
+        whole("b", matrix.bfloat16()),
+    ]
     return write(tmp_path, first, second)
 
 
@@ -81,14 +86,22 @@ def test_only_what_is_wanted_is_read(tmp_path, monkeypatch) -> None:
     stack = torch.randn(8, 16, 16)
     write(tmp_path, [whole("experts", stack)])
     read, fill = [], reader._fill
-    monkeypatch.setattr(reader, "_fill", lambda file, begin, tensor: (read.append(tensor.nbytes), fill(file, begin, tensor)))
+    monkeypatch.setattr(
+        reader, "_fill", lambda file, begin, tensor: (read.append(tensor.nbytes), fill(file, begin, tensor))
+    )
     target = torch.empty(1, 16, 16)
-    read_pieces(tmp_path, [Piece("experts", (8, 16, 16), (3, 0, 0), (1, 16, 16), target.dtype, lambda: target)])
+    read_pieces(
+        tmp_path, [Piece("experts", (8, 16, 16), (3, 0, 0), (1, 16, 16), target.dtype, lambda: target)]
+    )
     assert torch.equal(target[0], stack[3])
     assert sum(read) == target.nbytes
 
 
-@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.data(),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_a_rectangle_of_a_file(data, shape, dtype) -> None:
     stored = torch.randn(shape).to(dtype)
     offset, extent = [], []

@@ -66,10 +66,13 @@ def test_its_content_is_a_function_of_the_model(origin) -> None:
 
 @pytest.mark.parametrize("name", UNTIED_ODD)
 def test_there_and_back_through_another_layout(origin, ranks, tmp_path, name) -> None:
-    """One rank to this layout and back to one: every element is where it was, and each file was written by one rank."""
+    """One rank to this layout and back to one: every element is where it was, and each file was written by
+    one rank."""
     precision, checkpoint = origin
     world_size, layout = UNTIED_ODD[name]
-    steps = ranks(world_size).run(ON_RANKS + "load_and_save", layout, str(checkpoint), str(tmp_path / "there"), precision)
+    steps = ranks(world_size).run(
+        ON_RANKS + "load_and_save", layout, str(checkpoint), str(tmp_path / "there"), precision
+    )
     assert steps == [2] * world_size
     there = tmp_path / "there" / "iter_0000002"
     assert verify(there) == 0
@@ -118,7 +121,8 @@ def test_a_save_in_the_background_has_the_values_of_its_step(ranks, tmp_path) ->
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_costs_one_checkpoint(ranks, tmp_path, rank) -> None:
-    """On whichever rank: it is said, training goes on, the ones before stay, nothing is left behind. At the end it ends the run."""
+    """On whichever rank: it is said, training goes on, the ones before stay, nothing is left behind. At the
+    end it ends the run."""
     results = ranks(2).run(ON_RANKS + "save_with_small_files", str(tmp_path), rank, 20_000)
     said = results[0][0]
     assert len(said) == 2 and not results[1][0]
@@ -133,7 +137,9 @@ def test_a_full_disk_costs_one_checkpoint(ranks, tmp_path, rank) -> None:
 def test_a_folder_that_cannot_be_written(ranks, tmp_path, async_save) -> None:
     (tmp_path / "file").touch()
     said = ranks(2).run(ON_RANKS + "save_into", str(tmp_path / "file" / "checkpoints"), async_save)
-    assert len(said[0]) == 1 and "iter_0000001 was not written" in said[0][0] and "Not a directory" in said[0][0]
+    assert (
+        len(said[0]) == 1 and "iter_0000001 was not written" in said[0][0] and "Not a directory" in said[0][0]
+    )
     assert not said[1]
 
 
@@ -157,7 +163,9 @@ def test_ranks_agree_on_what_is_damaged(ranks, origin, tmp_path) -> None:
     """Each file is read by one rank alone; all know what it found."""
     for step in (3, 4):
         shutil.copytree(origin[1], tmp_path / f"iter_000000{step}")
-    (tmp_path / "iter_0000004" / ".metadata").write_bytes(b"x" * (tmp_path / "iter_0000004" / ".metadata").stat().st_size)
+    (tmp_path / "iter_0000004" / ".metadata").write_bytes(
+        b"x" * (tmp_path / "iter_0000004" / ".metadata").stat().st_size
+    )
     assert ranks(2).run(ON_RANKS + "find", str(tmp_path), "auto") == [str(tmp_path / "iter_0000003")] * 2
     (tmp_path / "iter_0000003" / "run_state.json").unlink()
     for answer in ranks(2).run(ON_RANKS + "find", str(tmp_path), "auto"):

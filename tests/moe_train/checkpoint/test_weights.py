@@ -60,7 +60,9 @@ def test_each_in_its_own_precision(tmp_path, weights) -> None:
     write_weights(tmp_path / "out", MODEL, weights.items(), dtypes)
     reader = WeightsReader(tmp_path / "out")
     for name in SHAPES:
-        assert reader.dtype(name) == dtypes[name] and torch.equal(reader.read(name), weights[name].to(dtypes[name]))
+        assert reader.dtype(name) == dtypes[name] and torch.equal(
+            reader.read(name), weights[name].to(dtypes[name])
+        )
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, weights) -> None:
@@ -91,7 +93,14 @@ def of_a_bf16_run(folder: Path, main: dict[str, torch.Tensor]) -> Path:
     path = add_checkpoint(folder, 100)
     kinds = (("weights", torch.bfloat16), ("main", torch.float32))
     pieces = [
-        Piece(f"{kind}.{name}", SHAPES[name], (0,) * len(SHAPES[name]), SHAPES[name], dtype, lambda t=tensor.to(dtype): t)
+        Piece(
+            f"{kind}.{name}",
+            SHAPES[name],
+            (0,) * len(SHAPES[name]),
+            SHAPES[name],
+            dtype,
+            lambda t=tensor.to(dtype): t,
+        )
         for kind, dtype in kinds
         for name, tensor in main.items()
     ]
@@ -143,4 +152,6 @@ def test_a_full_disk_says_so(tmp_path) -> None:
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True, text=True, timeout=60)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    assert done.stdout == "2 out cannot be written (No space left on device): choose another folder\n", done.stderr
+    assert done.stdout == "2 out cannot be written (No space left on device): choose another folder\n", (
+        done.stderr
+    )

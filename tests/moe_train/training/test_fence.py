@@ -26,7 +26,9 @@ def test_a_second_start_takes_the_folder_and_the_first_notices(tmp_path) -> None
     second = Fence.take(tmp_path, {"SLURM_JOB_ID": "77"})
     second.check()
     assert second.previous == first.owner
-    with pytest.raises(FencedError, match=r"start 2 \(job 77, restart 0, process \d+ on .*this one \(1\) ends") as caught:
+    with pytest.raises(
+        FencedError, match=r"start 2 \(job 77, restart 0, process \d+ on .*this one \(1\) ends"
+    ) as caught:
         first.check()
     assert caught.value.exit_code == 6
 
@@ -47,7 +49,9 @@ def test_a_dead_owner_is_known_as_such(tmp_path) -> None:
     assert fence.owner.number == 2 and not fence.previous.may_be_alive()
     assert fence.owner.may_be_alive()
     assert replace(fence.previous, host="elsewhere").may_be_alive()  # nobody can tell from here
-    assert not replace(fence.owner, born=fence.owner.born + 1).may_be_alive()  # another process has its id now
+    assert not replace(
+        fence.owner, born=fence.owner.born + 1
+    ).may_be_alive()  # another process has its id now
 
 
 def test_who_ended_says_so(tmp_path) -> None:
