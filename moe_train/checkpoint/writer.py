@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import xxhash
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,6 +31,8 @@ from moe_train.checkpoint.reader import METADATA
 # The archive around each tensor would get a checksum that nothing reads and that costs more than the write
 # itself; ours is in the manifest.
 torch.serialization.set_crc32_options(False)
+
+_FORMAT = "1.0.0"  # torch's name of its format, which its loader does not look at
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def write_metadata(folder: Path, metadata: Metadata, written: Iterable[Written])
     metadata.planner_data = {
         key: (key,) for key in metadata.state_dict_metadata
     }  # torch's own tools ask for it
-    metadata.version = CURRENT_DCP_VERSION
+    metadata.version = _FORMAT
     with _HashingFile(folder / METADATA) as file:
         file.write(pickle.dumps(metadata, protocol=4))
         file.flush_to_disk()

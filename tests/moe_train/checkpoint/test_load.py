@@ -1,0 +1,56 @@
+"""What is loaded from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from moe_train.checkpoint.folder import read_run_state
+from moe_train.checkpoint.load import check_same_model, load_checkpoint
+from moe_train.checkpoint.random_state import random_state, restore_random_state
+from moe_train.errors import UserError
+from moe_train.model.config import AttentionConfig, RouterConfig
+from tests.moe_train.checkpoint.conftest import MODEL
+
+
+@pytest.fixture
+def state(run) -> dict:
+    return read_run_state(run / "checkpoints" / "iter_0000300")
+
+
+def test_the_same_model(state) -> None:
+    check_same_model(state, MODEL)
+
+
+@pytest.mark.parametrize(
+    "free", [{"router": RouterConfig(z_coef=0.5)}, {"max_sequence_length": 8}, {"init_std": 0.5}]
+)
+def test_what_no_weight_depends_on_may_differ(state, free) -> None:
+    check_same_model(state, MODEL.model_copy(update=free))
+
+
+def test_another_model_is_refused_with_each_key_and_both_values(state) -> None:
+    attention = AttentionConfig(num_kv_heads=1, head_dim=4, num_experts=2, top_k=1)
+    other = MODEL.model_copy(update={"hidden_size": 8, "attention": attention})
+    with pytest.raises(UserError) as caught:
+        check_same_model(state, other)
+    text = str(caught.value)
+    assert "model.hidden_size is 4 in the checkpoint, 8 in the config" in text
+    assert "model.attention.head_dim is 2 in the checkpoint, 4 in the config" in text
+    assert "ffn_hidden_size" not in text and "\n" not in text and caught.value.exit_code == 2
+
+
+def test_none_goes_on_with_weights_alone(run) -> None:
+    with pytest.raises(UserError, match="weights alone: .*checkpoint.initialize_from"):
+        load_checkpoint(run / "checkpoints" / "iter_0000300", [], object())
+
+
+def test_random_states_survive_json() -> None:
+    stored = json.loads(json.dumps(random_state()))
+    expected = [random.random(), random.gauss(0, 1), torch.rand(3).tolist()]
+    restore_random_state(stored)
+    assert [random.random(), random.gauss(0, 1), torch.rand(3).tolist()] == expected
+    restore_random_state(None)  # a checkpoint without
