@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import os
 import pytest
 
 from moe_train.errors import UserError
@@ -75,6 +76,6 @@ def test_a_single_task_of_srun_starts_ranks_like_a_shell(monkeypatch, tmp_path, 
     monkeypatch.setattr(run, "_payload", lambda *_: {})
     monkeypatch.setattr(run, "run_rank", lambda *_: done.append("a rank") or 0)
     monkeypatch.setattr(run, "spawn_ranks", lambda nproc, *_: done.append(nproc) or SpawnResult(0, ""))
-    monkeypatch.setattr(run.os, "environ", dict(run.os.environ))  # what a rank exports stays in here
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what a rank exports stays in here
     assert run.pretrain(SimpleNamespace(output_dir=str(tmp_path)), 3, "auto") == 0
     assert done == ([3] if starts_ranks else ["a rank"])
