@@ -28,10 +28,6 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from moe_train.checkpoint.pieces import Piece
 from moe_train.checkpoint.reader import METADATA
 
-# The archive around each tensor would get a checksum that nothing reads and that costs more than the write
-# itself; ours is in the manifest.
-torch.serialization.set_crc32_options(False)
-
 _FORMAT = "1.0.0"  # torch's name of its format, which its loader does not look at
 
 
@@ -97,12 +93,18 @@ class _HashingFile(io.RawIOBase):
 
     def save(self, tensor: torch.Tensor) -> None:
         """Append a tensor as torch.save stores it."""
+        # The archive around a tensor would get a checksum that nothing reads and that costs as much as the write
+        # itself; ours is in the manifest. The option is the thread's own.
+        checked = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
         try:
             torch.save(tensor, self)
         except Exception:
             if self._error is not None:  # torch says that writing failed, not why
                 raise self._error from None
             raise
+        finally:
+            torch.serialization.set_crc32_options(checked)
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
