@@ -115,14 +115,12 @@ class Fence:
 
 
 def taken_over(folder: Path, since: str) -> bool:
-    """For the process above the ranks: whether somebody else's rank has taken the folder ``since`` its own
-    were started."""
+    """For a first rank, or the process above it: whether somebody else's rank has taken the folder ``since`` its own
+    was started."""
     owner = owner_of(folder)
-    return (
-        owner is not None
-        and owner.started >= since
-        and (owner.host, owner.parent) != (socket.gethostname(), os.getpid())
-    )
+    if owner is None or owner.started < since:
+        return False
+    return owner.host != socket.gethostname() or os.getpid() not in (owner.pid, owner.parent)
 
 
 def owner_of(folder: Path) -> Owner | None:

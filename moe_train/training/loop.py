@@ -71,6 +71,7 @@ def train(
 
         if figures.stop:
             reason = _agreed_reason(trainer, stop)
+            recorder.stopping(reason)
         if reason or _due(config.checkpoint.interval, step, tokens, trainer.tokens, trainer.complete):
             with watchdog.allow(10 * config.faults.step_timeout, "a checkpoint"):
                 recorder.before_save()

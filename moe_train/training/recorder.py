@@ -86,6 +86,11 @@ class Recorder:
         self.folder.write_ledger(self.trainer.ledger.to_dict())
         self.console.warn(f"step {step}: {fault}; update skipped")
 
+    def stopping(self, reason: str) -> None:
+        """Record what the ranks have agreed to stop for."""
+        if self.active:
+            self.folder.event("stop", self.trainer.position.step, reason=reason)
+
     def warn(self, text: str) -> None:
         """Say and record that something went wrong that the run survives."""
         if self.active:

@@ -11,6 +11,7 @@ from moe_train.errors import StoppedError, UserError
 from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
+from moe_train.training.signals import StopRequest
 from parallel.rank import exit_status, is_lost_connection
 from parallel.spawn import local_gpus, rank_environment, rank_log_path, run_rank, spawn_ranks, tell
 
@@ -25,6 +26,9 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     """
     ranks = rank_environment()
     if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
+        if nproc is not None:
+            starter = "srun" if ranks.launcher == "slurm" else "torchrun"
+            raise UserError(f"--nproc {nproc}: this process is rank {ranks.rank} of {ranks.world_size} that {starter} started; leave --nproc out")
         ranks.export()
         return run_rank(TARGET, _payload(config, resume), RunFolder(config.output_dir).logs)
     gpus = local_gpus()
@@ -62,10 +66,22 @@ def train_rank(config: dict[str, Any], resume: str) -> int:
     """One rank of a run."""
     began, since, run = time.monotonic(), now(), RunConfig.model_validate(config)
     environment = rank_environment()
+    rank, world_size = (environment.rank, environment.world_size) if environment else (0, 1)
+    folder, first = RunFolder(run.output_dir), rank == 0
+
+    def leave(reason: str) -> None:
+        """For an end at once: unless another start has the folder by now."""
+        if first and not taken_over(folder.path, since):
+            folder.settle(StoppedError.exit_code, reason, since)
+
     try:
-        return _start_and_train(run, environment.world_size if environment else 1, resume, began, since)
+        # From here on: a signal while the ranks load is told as such.
+        with StopRequest(folder.stop_path if first else None, run.training.max_wall_time, began, leave, loading=True) as stop:
+            if first:
+                folder.clear_stop()
+            return _start_and_train(run, world_size, resume, stop, since)
     except BaseException as error:
-        leave_outcome(RunFolder(run.output_dir), error, since, environment.rank if environment else 0)
+        leave_outcome(folder, error, since, rank)
         raise
 
 
@@ -85,7 +101,7 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
 
 
-def _start_and_train(run: RunConfig, world_size: int, resume: str, began: float, since: str) -> int:
+def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopRequest, since: str) -> int:
     from parallel import engine  # the first import of megatron-core: it takes seconds
 
     changes = check_run(run, world_size, resume)
@@ -95,17 +111,16 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, began: float,
         deterministic=run.training.deterministic,
         timeout=timedelta(seconds=4 * run.faults.step_timeout),
     )
-    status = _train(run, topology, resume, changes, began, since)
+    status = _train(run, topology, resume, changes, stop, since)
     # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any more.
     engine.stop()
     return status
 
 
-def _train(run: RunConfig, topology, resume: str, changes: list, began: float, since: str) -> int:
+def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopRequest, since: str) -> int:
     from moe_train.checkpoint.save import Checkpointer
     from moe_train.training.loop import train
     from moe_train.training.recorder import Recorder
-    from moe_train.training.signals import StopRequest
     from moe_train.training.trainer import Trainer
     from moe_train.training.watchdog import EXIT_HANG, Watchdog
 
@@ -115,19 +130,15 @@ def _train(run: RunConfig, topology, resume: str, changes: list, began: float, s
     recorder = Recorder(trainer, changes, fence)
     folder = trainer.folder
 
-    def settle(code: int, reason: str) -> None:
+    def hung(reason: str) -> None:
         """For an end at once: unless another start has the folder by now."""
         if owner_of(folder.path) == owner:
-            folder.settle(code, reason, since)
+            folder.settle(EXIT_HANG, reason, since)
 
     log = rank_log_path(folder.logs, topology.rank)
-    watchdog = Watchdog(run.faults.step_timeout, log, before_exit=lambda reason: settle(EXIT_HANG, reason))
-    stop = StopRequest(
-        folder.stop_path if first else None,
-        run.training.max_wall_time,
-        began,
-        before_exit=lambda reason: settle(StoppedError.exit_code, reason) if first else None,
-    )
+    watchdog = Watchdog(run.faults.step_timeout, log, before_exit=hung)
+    if first:
+        stop.on_signal = lambda name: folder.event("signal", trainer.position.step, signal=name)
     tokenizer = Path(run.mixture.tokenizer) if run.mixture.tokenizer else None
     checkpointer = Checkpointer(
         folder.checkpoints,
@@ -143,8 +154,8 @@ def _train(run: RunConfig, topology, resume: str, changes: list, began: float, s
     )
     owner = owner_of(folder.path)  # rank 0 took it before it built the checkpointer, which the ranks do together
     try:
-        with stop:
-            reason = train(trainer, recorder, checkpointer, stop, watchdog)
+        stop.begin()
+        reason = train(trainer, recorder, checkpointer, stop, watchdog)
     except BaseException as error:
         checkpointer.close()
         recorder.close(exit_status(error), str(error) or type(error).__name__)

@@ -56,8 +56,8 @@ class RunFolder:
     def start(self, config_yaml: str) -> int:
         """Begin a start of the run and return its number, from 1.
 
-        Writes the resolved config, marks the outcome as open (code null) so that nobody believes the one of an
-        earlier start, and removes a `stop` file.
+        Writes the resolved config, and marks the outcome as open (code null) so that nobody believes the one of an
+        earlier start.
 
         Raises:
             UserError: the folder cannot be written.
@@ -68,7 +68,6 @@ class RunFolder:
             number = self.starts + 1
             write_atomically(self.path / f"config.{number}.yaml", config_yaml)
             write_atomically(self.config_path, config_yaml)
-            self.stop_path.unlink(missing_ok=True)
             self._write_outcome(None, "running", None, now(), None)
             self.event("start", start=number)
         except OSError as error:
@@ -133,6 +132,14 @@ class RunFolder:
     def stop_requested(self) -> bool:
         """Whether somebody touched `stop`."""
         return self.stop_path.exists()
+
+    def clear_stop(self) -> None:
+        """Remove the `stop` that an earlier start obeyed: the first thing that a start does, so that one that comes while
+        it loads still counts."""
+        try:
+            self.stop_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.stop_path} cannot be removed ({error.strerror}); remove it, or choose another output_dir") from error
 
     def write_ledger(self, ledger: Mapping[str, Any]) -> None:
         """Replace ledger.json."""

@@ -30,11 +30,13 @@ class StopRequest:
         stop_file: a file whose existence is a request; give it on one rank only, the ranks agree on the answer.
         max_wall_time: seconds after `started` at which the run stops by itself.
         started: `time.monotonic()` of the start; default: when this object is made.
-        before_exit: called before a second signal ends the process (to leave an outcome behind). Keep it short.
+        before_exit: called before a signal ends the process at once (to leave an outcome behind). Keep it short.
+        loading: whether `begin` will be called.
+        on_signal: called with the name of the first signal that asks for a save (to record it). Keep it short.
 
-    A second SIGTERM or SIGINT ends the process at once with status 3, also when the main thread waits in a collective
-    that will never end: Python runs handlers in the main thread alone, so a thread of its own listens to the
-    interpreter's wake-up descriptor.
+    With `loading` there is nothing to save until `begin`: the first signal ends the process at once with status 3. Else a
+    second SIGTERM or SIGINT does. Both also when the main thread waits in a collective that will never end: Python runs
+    handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up descriptor.
     Signals can be caught from the main thread only.
     """
 
@@ -44,11 +46,15 @@ class StopRequest:
         max_wall_time: float | None = None,
         started: float | None = None,
         before_exit: Callable[[str], None] | None = None,
+        loading: bool = False,
+        on_signal: Callable[[str], None] | None = None,
     ):
         self.stop_file = stop_file
         self.max_wall_time = max_wall_time
         self.started = time.monotonic() if started is None else started
         self.before_exit = before_exit
+        self.on_signal = on_signal
+        self._loading, self._told = loading, False
         self._signal: int | None = None
         self._first_stop: float | None = None
         self._handlers: dict[int, Any] = {}
@@ -63,6 +69,10 @@ class StopRequest:
         if self.max_wall_time is not None and time.monotonic() - self.started >= self.max_wall_time:
             return f"max_wall_time {format_time(self.max_wall_time)}"
         return None
+
+    def begin(self) -> None:
+        """From now on there is something to save: a signal asks for a stop after the step."""
+        self._loading = False
 
     def install(self) -> None:
         """Catch the signals from now on."""
@@ -104,16 +114,21 @@ class StopRequest:
     def _count(self, number: int) -> None:
         if number not in STOP_SIGNALS:
             return
+        name = signal.Signals(number).name
+        if self._loading:
+            self._exit_now(f"stopped by {name} before the first step, with nothing to save")
         self._note(number, None)
+        if self.on_signal is not None and not self._told:
+            self._told = True
+            self.on_signal(name)
         if number == signal.SIGUSR1:
             return
         if self._first_stop is None:
             self._first_stop = time.monotonic()
         elif time.monotonic() - self._first_stop > REPEAT_SECONDS:
-            self._exit_now(number)
+            self._exit_now(f"second signal {name}: ended without saving")
 
-    def _exit_now(self, number: int) -> None:
-        reason = f"second signal {signal.Signals(number).name}: ended without saving"
+    def _exit_now(self, reason: str) -> None:
         try:
             os.write(2, f"\n{reason}\n".encode())
             if os.isatty(2):

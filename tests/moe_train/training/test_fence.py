@@ -86,9 +86,11 @@ def test_many_starts_at_once_get_different_numbers(tmp_path) -> None:
 def test_the_process_above_the_ranks_knows_whose_outcome_it_is(tmp_path) -> None:
     since = now()
     Fence.take(tmp_path, {})
-    assert taken_over(tmp_path, since)  # this process is not its own parent
+    assert not taken_over(tmp_path, since)  # by itself
     owner = json.loads((tmp_path / OWNER).read_text())
-    (tmp_path / OWNER).write_text(json.dumps({**owner, "parent": os.getpid()}))
-    assert not taken_over(tmp_path, since)
+    (tmp_path / OWNER).write_text(json.dumps({**owner, "pid": 1, "parent": os.getpid()}))
+    assert not taken_over(tmp_path, since)  # by its own rank
+    (tmp_path / OWNER).write_text(json.dumps({**owner, "pid": 1}))
+    assert taken_over(tmp_path, since)
     (tmp_path / OWNER).write_text(json.dumps({**owner, "started": "2000-01-01T00:00:00.000+00:00"}))
     assert not taken_over(tmp_path, since)  # of an earlier start: its own ranks did not get as far

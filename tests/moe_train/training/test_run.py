@@ -10,6 +10,7 @@ import pytest
 from moe_train.errors import UserError
 from moe_train.training import run
 from moe_train.training.run_folder import RunFolder, now
+from moe_train.training.signals import StopRequest
 from parallel.spawn import SpawnResult
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
@@ -58,9 +59,9 @@ def test_the_groups_are_left_only_after_success(monkeypatch, fails):
     config = SimpleNamespace(layout=lambda world_size: None, faults=faults, training=training)
     if fails:
         with pytest.raises(UserError):
-            run._start_and_train(config, 1, "auto", 0.0, now())
+            run._start_and_train(config, 1, "auto", StopRequest(), now())
     else:
-        assert run._start_and_train(config, 1, "auto", 0.0, now()) == 0
+        assert run._start_and_train(config, 1, "auto", StopRequest(), now()) == 0
     assert left == ([] if fails else [True])
 
 
@@ -77,5 +78,12 @@ def test_a_single_task_of_srun_starts_ranks_like_a_shell(monkeypatch, tmp_path, 
     monkeypatch.setattr(run, "run_rank", lambda *_: done.append("a rank") or 0)
     monkeypatch.setattr(run, "spawn_ranks", lambda nproc, *_: done.append(nproc) or SpawnResult(0, ""))
     monkeypatch.setattr(os, "environ", dict(os.environ))  # what a rank exports stays in here
-    assert run.pretrain(SimpleNamespace(output_dir=str(tmp_path)), 3, "auto") == 0
+    assert run.pretrain(SimpleNamespace(output_dir=str(tmp_path)), 3 if starts_ranks else None, "auto") == 0
     assert done == ([3] if starts_ranks else ["a rank"])
+
+
+def test_nproc_is_refused_where_the_ranks_are_started_already(monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--nproc 4: this process is rank 1 of 8 that torchrun started; leave --nproc out"):
+        run.pretrain(SimpleNamespace(output_dir="x"), 4, "auto")

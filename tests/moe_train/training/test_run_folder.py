@@ -65,14 +65,14 @@ class MetricsLogClosing:
         self.log.close()
 
 
-def test_the_stop_file_is_seen_once(tmp_path):
+def test_a_stop_that_comes_while_the_run_loads_counts(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.start("")
+    folder.stop_path.touch()
+    folder.clear_stop()
     assert not folder.stop_requested()
     folder.stop_path.touch()
-    assert folder.stop_requested()
     folder.start("")
-    assert not folder.stop_requested()
+    assert folder.stop_requested()
 
 
 def test_ledger(tmp_path):

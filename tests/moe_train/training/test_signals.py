@@ -20,7 +20,7 @@ BLOCKED = """
 import ctypes, sys
 from pathlib import Path
 from moe_train.training.signals import StopRequest
-stop = StopRequest(before_exit=lambda reason: Path(sys.argv[1]).write_text(reason))
+stop = StopRequest(before_exit=lambda reason: Path(sys.argv[1]).write_text(reason), loading=len(sys.argv) > 2)
 stop.install()
 print("ready", flush=True)
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -67,3 +67,23 @@ def test_a_second_signal_ends_a_blocked_process_with_3(tmp_path):
     assert "second signal SIGINT" in process.communicate(timeout=5)[1]
     assert process.returncode == 3
     assert "without saving" in (tmp_path / "outcome").read_text()
+
+
+def test_a_signal_while_there_is_nothing_to_save_ends_a_blocked_process_with_3(tmp_path):
+    process = start(str(tmp_path / "outcome"), "loading")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=5)
+    assert process.returncode == 3
+    assert (tmp_path / "outcome").read_text() == "stopped by SIGUSR1 before the first step, with nothing to save"
+
+
+def test_the_first_signal_is_told_once():
+    told = []
+    with StopRequest(on_signal=told.append, loading=True) as stop:
+        stop.begin()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        end = time.monotonic() + 5
+        while not told and time.monotonic() < end:
+            time.sleep(0.01)
+    assert told == ["SIGUSR1"]
