@@ -47,6 +47,9 @@ class DataConfig(Section):
 
     mixture: str = Field(min_length=1)
     """The mixture file (sources, phases, weights), or the name of a preset."""
+    document_mask: bool = False
+    """Attention and positions restart where a document starts in a window; needs `tokenizer` in the mixture file, whose
+    end-of-document token tells."""
     validation: ValidationConfig | None = ValidationConfig()
     """null: no validation."""
 
@@ -80,6 +83,15 @@ class RunConfig(Section):
         from data_pipeline.mixture import load_mixture
 
         return load_mixture(shown(self.data.mixture))
+
+    @cached_property
+    def document_end(self) -> int | None:
+        """The token after which attention and positions restart; None without `data.document_mask`."""
+        if not self.data.document_mask:
+            return None
+        from data_pipeline.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.mixture.tokenizer).eos_id
 
     @property
     def total_tokens(self) -> int:
@@ -150,6 +162,9 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
         reason = f"{longest} is less than the mixture's sequence_length {length} ({config.data.mixture})"
         reason += f"; make it {length} or more"
         raise document.error(("model", "max_sequence_length"), reason)
+    if config.data.document_mask and config.mixture.tokenizer is None:
+        reason = f"needs to know which token ends a document; name the `tokenizer` in {config.data.mixture}"
+        raise document.error(("data", "document_mask"), reason)
     schedule, total = config.schedule, config.total_tokens
     warmup = schedule.warmup.in_tokens(config.tokens_per_step)
     decay = schedule.decay.in_tokens(config.tokens_per_step) if schedule.kind == "wsd" else 0

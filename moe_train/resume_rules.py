@@ -29,6 +29,7 @@ RULES: dict[str, tuple[Rule, str]] = {
         "recorded",
         "the ledger judges the mixture itself: its future may be edited, its past not",
     ),
+    "data.document_mask": ("recorded", "changes what a token sees from here on"),
     "data.validation": ("free", "measures, does not train"),
     "parallel": ("free", "how ranks share the work does not change it"),
     "training.micro_batch_size": ("recorded", "the router losses are averaged over it"),

@@ -31,7 +31,9 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
     return Layout(world_size, tensor, pipeline, virtual_pipeline, expert, world_size // tensor // pipeline)
 
 
-def build(layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, lr=3e-3, seed=5):
+def build(
+    layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, lr=3e-3, seed=5
+):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
     from moe_train.model.build import DTYPES, build_model
@@ -40,7 +42,7 @@ def build(layout: Layout, model: ModelConfig, precision="fp32", recompute="none"
     from moe_train.training.router_monitor import RouterMonitor
     from moe_train.training.step import Stepper
 
-    options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention)
+    options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end)
     chunks = build_model(model, topology, options)
     monitor = RouterMonitor(chunks, topology)
     wrapped = wrap_data_parallel(chunks, overlap=False)

@@ -109,7 +109,14 @@ class MixtureOfAttention(torch.nn.Module):
                 k_sbnd, v_sbnd = cache.extend(k_sbnd[: tokens.length], v_sbnd[: tokens.length])
             else:
                 cache.extend(k_sbnd[: tokens.length], v_sbnd[: tokens.length])
-        q_bhsd = q_sbknd.permute(1, 3, 2, 0, 4).flatten(1, 2)
+        q_bnksd = q_sbknd.permute(1, 3, 2, 0, 4)
         k_bnsd, v_bnsd = k_sbnd.permute(1, 2, 0, 3), v_sbnd.permute(1, 2, 0, 3)
-        o_bhsd = F.scaled_dot_product_attention(q_bhsd, k_bnsd, v_bnsd, is_causal=causal, enable_gqa=self.top_k > 1)
-        return o_bhsd.unflatten(1, (self.local_heads, self.top_k)).permute(3, 0, 2, 1, 4)
+        if tokens.mask is None:
+            q_bhsd = q_bnksd.flatten(1, 2)
+            o_bhsd = F.scaled_dot_product_attention(q_bhsd, k_bnsd, v_bnsd, is_causal=causal, enable_gqa=self.top_k > 1)
+            o_bnksd = o_bhsd.view(q_bnksd.shape)
+        else:
+            # The slots as more positions of one head: no fused kernel of a GPU takes a mask and grouped queries at once.
+            o_bnqd = F.scaled_dot_product_attention(q_bnksd.flatten(2, 3), k_bnsd, v_bnsd, attn_mask=tokens.mask)
+            o_bnksd = o_bnqd.view(q_bnksd.shape)
+        return o_bnksd.permute(3, 0, 2, 1, 4)

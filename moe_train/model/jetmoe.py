@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from moe_train.model.attention import LayerCache, MixtureOfAttention
 from moe_train.model.config import ModelConfig
+from moe_train.model.documents import document_mask, document_positions
 from moe_train.model.head import VocabularyHead
 from moe_train.model.mlp import MixtureOfMLP
 from moe_train.model.norm import LAYER_NORM_EPS, RMSNorm
@@ -29,6 +30,8 @@ class ModelOptions:
     ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLP experts; ``full``,
     each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts too.
     ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to follow.
+    ``document_end``: the token that ends a document, where attention and positions are to restart after it; None: a window is one
+    sequence.
     """
 
     dtype: torch.dtype = torch.float32
@@ -36,6 +39,7 @@ class ModelOptions:
     recompute: str = "none"
     sharded_attention: bool = True
     initialize: bool = True
+    document_end: int | None = None
 
 
 class Layer(torch.nn.Module):
@@ -112,14 +116,19 @@ class JetMoE(MegatronModule):
         length = ids_bs.shape[1]
         tensor_ranks = self.topology.layout.tensor
         padded = -(-length // tensor_ranks) * tensor_ranks
-        tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks)
+        ids_bs = F.pad(ids_bs, (0, padded - length))
         if self.pre_process:
-            x_sbh = self.embedding(F.pad(ids_bs, (0, padded - length)))
+            x_sbh = self.embedding(ids_bs)
             x_sbh = x_sbh if tensor_ranks > 1 else x_sbh.transpose(0, 1).contiguous()
         else:
             x_sbh = self.input_tensor
-        attention = self.model_config.attention
-        positions = torch.arange(first_position, first_position + padded, device=x_sbh.device)
+        attention, document_end = self.model_config.attention, self.options.document_end
+        if document_end is None:
+            mask, positions = None, torch.arange(first_position, first_position + padded, device=x_sbh.device)
+        else:
+            mask = document_mask(ids_bs, document_end, attention.top_k)
+            positions = document_positions(ids_bs, document_end)
+        tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks, mask)
         rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
         for number, layer in enumerate(self.layers):
             if self.options.recompute == "full" and torch.is_grad_enabled():

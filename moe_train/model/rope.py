@@ -5,15 +5,18 @@ import torch
 
 
 def rotary_table(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each ``[len(positions), head_dim / 2]``: angles in fp32, then cast to ``dtype`` as JetMoE does."""
+    """cos and sin of ``positions`` ``[S]`` or ``[S, B]``, each ``[*positions.shape, head_dim / 2]``.
+
+    Angles in fp32, then cast to ``dtype`` as JetMoE does.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.float()[:, None] * frequency
+    angle = positions.float().unsqueeze(-1) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate ``x`` ``[S, ..., d]`` by the angle of its position (first dimension)."""
-    cos, sin = (t.view(len(t), *[1] * (x.dim() - 2), -1) for t in table)
+    """Rotate ``x`` ``[S, ..., d]`` by the angle of its position (first dimension), or ``[S, B, ..., d]`` of positions ``[S, B]``."""
+    cos, sin = (t.view(*t.shape[:-1], *[1] * (x.dim() - t.dim()), -1) for t in table)
     return _Rotate.apply(x, cos, sin)
 
 

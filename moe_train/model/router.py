@@ -23,12 +23,14 @@ class Tokens:
     """How the local rows ``[s * B, H]`` of a layer lie in the micro-batch.
 
     ``sequences`` is B; ``length`` the length S of the sequences before padding, over all tensor ranks; ``first`` the
-    position of this rank's first row in them; positions from ``length`` on are padding.
+    position of this rank's first row in them; positions from ``length`` on are padding. ``mask``: what each query may look
+    at (:func:`moe_train.model.documents.document_mask`); None: everything before it.
     """
 
     sequences: int
     length: int
     first: int
+    mask: torch.Tensor | None = None
 
     def valid_rows(self, rows: int) -> int:
         """How many of the local rows are no padding (they come first)."""

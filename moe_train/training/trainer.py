@@ -117,6 +117,7 @@ class Trainer:
             seed=training.seed,
             recompute=training.recompute,
             sharded_attention=self.config.parallel.attention_experts == "sharded",
+            document_end=self.config.document_end,
         )
         self.model = build_model(self.config.model, self.topology, options)
         self.monitor = RouterMonitor(self.model, self.topology)

@@ -64,6 +64,16 @@ def test_nor_on_recomputation_or_where_attention_experts_live(ranks, world_size,
     assert_same_curve(curve, reference, f"{layout} {options}")
 
 
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
+def test_nor_where_documents_are_kept_apart(ranks, layout):
+    whole, apart = (
+        ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, document_end=end)[0] for end in (None, 7)
+    )
+    assert abs(whole[0]["loss"] - apart[0]["loss"]) > 1e-4 * whole[0]["loss"]
+    curve = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, document_end=7)[0]
+    assert_same_curve(curve, apart, f"{layout} documents apart")
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}])
 def test_bf16_stays_near_itself_on_every_layout(ranks, layout):
     reference = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, precision="bf16")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.runs import arithmetic, metrics, outcome, run, start, write_corpora
+from tests.integration.runs import ROOT, arithmetic, metrics, outcome, run, start, write_corpora
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,29 @@ def cut(complete, tmp_path) -> Path:
         path = tmp_path / "run" / name
         path.write_text(path.read_text().replace(str(complete), str(tmp_path)))
     return tmp_path
+
+
+def test_a_document_mask_reaches_the_model(complete, tmp_path):
+    from data_pipeline.tokenizer import train_tokenizer
+
+    write_corpora(tmp_path)
+    text = shutil.copy(ROOT / "README.md", tmp_path / "text.txt")
+    train_tokenizer([text], tmp_path / "tokenizer.model", vocab_size=350)
+    status, said = run(tmp_path, "data.document_mask=true", "training.max_steps=1", nproc=1)
+    assert status == 2 and "data.document_mask" in said and "tokenizer" in said
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(mixture.read_text() + "tokenizer: tokenizer.model\n")
+    losses = []
+    for number, masked in enumerate(("true", "false")):
+        output = f"output_dir={tmp_path}/run{number}"
+        status, said = run(
+            tmp_path, f"data.document_mask={masked}", "training.max_steps=1", "parallel.expert=1", output, nproc=1
+        )
+        assert status == 0, said
+        losses.append(metrics(tmp_path / f"run{number}")[0]["loss"])
+    expected = metrics(complete / "run")[0]["loss"]
+    assert losses[1] == pytest.approx(expected, rel=2e-5)
+    assert abs(losses[0] - expected) > 1e-4 * expected
 
 
 def test_a_run_leaves_what_it_promises(complete):

@@ -1,0 +1,30 @@
+"""Several documents in one window, each by itself: attention and positions restart where a document starts.
+
+A document starts at the first position of a window and after every end-of-document token.
+"""
+from __future__ import annotations
+
+import torch
+
+
+def document_positions(ids_bs: torch.Tensor, document_end: int) -> torch.Tensor:
+    """Token ids ``[B, S]`` to the position of each token in its document, ``[S, B]``."""
+    index = torch.arange(ids_bs.shape[1], device=ids_bs.device)
+    starts = torch.where(_follows_end(ids_bs, document_end), index, 0)
+    return (index - starts.cummax(dim=1).values).t()
+
+
+def document_mask(ids_bs: torch.Tensor, document_end: int, queries_per_position: int = 1) -> torch.Tensor:
+    """Token ids ``[B, S]`` to what each query may look at: ``[B, 1, queries_per_position * S, S]``, true where it may.
+
+    That is itself and what precedes it in its document. Queries lie by slot, then by position, as
+    :class:`~moe_train.model.attention.MixtureOfAttention` lays them. No token is left with nothing to look at.
+    """
+    document = _follows_end(ids_bs, document_end).cumsum(dim=1)
+    mask_bss = (document[:, :, None] == document[:, None, :]).tril_()
+    return mask_bss.repeat(1, queries_per_position, 1)[:, None]
+
+
+def _follows_end(ids_bs: torch.Tensor, document_end: int) -> torch.Tensor:
+    ended = ids_bs == document_end
+    return torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)

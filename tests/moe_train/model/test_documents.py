@@ -1,0 +1,80 @@
+"""Packed documents: a window of several equals Hugging Face's JetMoE run on each of them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_train.model.documents import document_mask, document_positions
+from tests.moe_train.model.test_against_huggingface import huggingface_twin, model_config
+
+END = 2
+LENGTHS = [[5, 1, 7, 4], [1, 1, 12, 3], [17]]
+"""Documents of each window, their ends included; the last of a window is cut off."""
+
+
+def windows() -> torch.Tensor:
+    """``[3, 18]`` ids: END where a document ends, in inputs of 17, and only there."""
+    ids = torch.randint(3, 51, (len(LENGTHS), sum(LENGTHS[0]) + 1), generator=torch.Generator().manual_seed(3))
+    for row, lengths in zip(ids, LENGTHS):
+        at = 0
+        for length in lengths[:-1]:
+            at += length
+            row[at - 1] = END
+    return ids
+
+
+def test_positions_and_mask_by_hand():
+    ids = torch.tensor([[7, END, END, 8, 9], [8, 9, 7, 7, END]])
+    assert document_positions(ids, END).t().tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]
+    mask = document_mask(ids, END, queries_per_position=2)
+    assert mask.shape == (2, 1, 10, 5)
+    first = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert mask[0, 0].int().tolist() == first + first
+    assert mask[1, 0, :5].int().tolist() == torch.ones(5, 5).tril().int().tolist()
+
+
+@pytest.fixture(scope="module")
+def both(topology):
+    from moe_train.model.build import build_model
+    from moe_train.model.jetmoe import ModelOptions
+
+    config = model_config()
+    model = build_model(config, topology, ModelOptions(document_end=END))[0]
+    ours = {parameter.placement.name: parameter for parameter in model.parameters()}
+    twin, theirs = huggingface_twin(config, ours)
+    return model, ours, twin, theirs
+
+
+def alone(twin, ids_bs: torch.Tensor) -> torch.Tensor:
+    """The twin's logits ``[B, S, V]`` of inputs ``[B, S]``, each document in a call of its own."""
+    rows = [
+        torch.cat([twin(part[None], use_cache=False).logits for part in row.split(lengths)], dim=1)
+        for row, lengths in zip(ids_bs, LENGTHS)
+    ]
+    return torch.cat(rows)
+
+
+def test_logits_are_those_of_the_documents_alone(both):
+    model, _, twin, _ = both
+    ids = windows()[:, :-1]
+    with torch.no_grad():
+        logits, expected, mixed = model(ids), alone(twin, ids), twin(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+    assert (mixed - expected).abs().max() > 0.1, "what is masked made no difference"
+
+
+def test_gradients_are_those_of_the_documents_alone(both):
+    model, ours, twin, theirs = both
+    ids = windows()
+    loss, nll_bs = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    expected_bs = F.cross_entropy(alone(twin, ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+    expected_bs.mean().backward()
+    torch.testing.assert_close(nll_bs, expected_bs.detach(), atol=5e-5, rtol=0)
+    for name, parameter in ours.items():
+        expected = theirs[name].grad
+        torch.testing.assert_close(
+            parameter.grad.view_as(expected), expected, atol=1e-5 * expected.abs().max().item() + 1e-8, rtol=0
+        )
