@@ -1,0 +1,123 @@
+"""One node's own part of the preflight: its GPUs, its disks, and its ranks of the test of the network. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from launch.nvidia_smi import check_gpus
+
+_PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the preflight of a job is to look for. Travels to the nodes as JSON."""
+
+    nodes: int
+    """That take part; so many are needed of them: `wanted`."""
+    wanted: int
+    ranks_per_node: int
+    gpus: int
+    """On each node; 0: the ranks compute on CPUs."""
+    notes: str
+    """The folder for the verdict."""
+    disks: tuple[str, ...] = ()
+    """Folders that must be writable: the run's, and the node's own scratch."""
+    free_gigabytes: float = 1.0
+    clock_skew: float = 5.0
+    """Seconds."""
+    gigabytes_per_second: float | None = None
+    """Of the all-reduce, at least; None: any."""
+    timeout: float = 180.0
+    """Seconds that a node may take to answer, and that one test of the network may take."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        data = json.loads(text)
+        return cls(**{**data, "disks": tuple(data["disks"])})
+
+
+@dataclass
+class Report:
+    """What a node says of itself."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def check_node(name: str, settings: Settings) -> Report:
+    """Look at this machine: GPUs where there are to be some, and disks."""
+    report = Report(name)
+    if settings.gpus:
+        report.problems, report.facts = check_gpus(settings.gpus)
+    for folder in settings.disks:
+        problem = disk_problem(folder, settings.free_gigabytes)
+        report.problems += [problem] if problem else []
+    return report
+
+
+def disk_problem(folder: str, free_gigabytes: float) -> str | None:
+    """What is wrong with a folder that must take files, None where nothing is."""
+    try:
+        free = shutil.disk_usage(folder).free / 1e9
+        if free < free_gigabytes:
+            return f"{folder} has {free:.2f} GB free, less than {free_gigabytes:g}"
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror}"
+    return None
+
+
+def test_fabric(first_rank: int, world_size: int, address: str, port: int, settings: Settings) -> dict[str, Any]:
+    """Run this node's ranks of `parallel.fabric`: {"figures": ... of rank 0 or None, "problem": ... or None}."""
+    device = "cuda" if settings.gpus else "cpu"
+    processes = []
+    for local in range(settings.ranks_per_node):
+        variables = {
+            "RANK": first_rank + local,
+            "WORLD_SIZE": world_size,
+            "LOCAL_RANK": local,
+            "LOCAL_WORLD_SIZE": settings.ranks_per_node,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "parallel.fabric", device],
+                env={**os.environ, **{key: str(value) for key, value in variables.items()}},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    end, figures, problem = time.monotonic() + settings.timeout, None, None
+    for local, process in enumerate(processes):
+        try:
+            out, err = process.communicate(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            problem = problem or f"the exchange did not end within {settings.timeout:g} s"
+            process.kill()
+            process.communicate()
+            continue
+        if process.returncode:
+            said = err.strip().splitlines()
+            problem = problem or (said[-1] if said else f"its test ended with status {process.returncode}")
+        elif first_rank + local == 0:
+            figures = json.loads(out.strip().splitlines()[-1])
+    return {"figures": figures, "problem": problem}
