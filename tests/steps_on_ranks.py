@@ -114,3 +114,37 @@ def resume(layout: dict, checkpoints: list[str], steps: int, more: int, **option
         assert state["step"] == steps
         figures.append(run_steps(built, range(steps, steps + more), config.vocab_size))
     return figures
+
+
+def seconds_with_a_sleeper(layout: dict, sleeper: int, nap: float) -> float:
+    """The time of this rank's own part of a step in which ``sleeper`` takes a nap."""
+    import time
+
+    config = small_model()
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config)
+    chunks, stepper, _, _, topology = built
+    run_steps(built, range(1), config.vocab_size)
+    topology.barrier()
+    if topology.rank == sleeper:
+        chunks[0].register_forward_pre_hook(lambda *_: time.sleep(nap / 2))  # once for each of two micro-batches
+    stepper.clock.start()
+    run_steps(built, range(1, 2), config.vocab_size, micro_batch=1)
+    return stepper.clock.seconds()
+
+
+def drift(layout: dict, parameter: str | None = None, rank: int = 0) -> str:
+    """What the comparison of copies says after some steps, when ``rank`` has one other bit in ``parameter``."""
+    from moe_train.training.replicas import check_replicas
+
+    config = small_model()
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config)
+    run_steps(built, range(3), config.vocab_size)
+    chunks, topology = built[0], built[-1]
+    if parameter and topology.rank == rank:
+        (held,) = [each for chunk in chunks for each in chunk.parameters() if each.placement.name == parameter]
+        held.detach().view(-1).view(torch.int32)[0] ^= 1
+    try:
+        check_replicas(chunks, topology)
+    except Exception as error:
+        return f"{error.exit_code}: {error}"
+    return "none"

@@ -158,12 +158,17 @@ class ScheduleConfig(Section):
 class FaultsConfig(Section):
     """What happens when a step goes wrong."""
 
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient that is not finite: leave the step's update out, or stop."""
-    on_spike: Literal["skip", "stop", "ignore"] = "skip"
-    """A sudden jump of the loss."""
+    on_nonfinite: Literal["skip", "rewind", "stop"] = "skip"
+    """A loss or gradient that is not finite: leave the step's update out; go back to the last checkpoint's weights
+    and pass over the data since; or stop."""
+    on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
+    """A sudden jump of the loss or the gradient norm."""
+    spike_deviations: float = Field(6.0, gt=0)
+    """Standard deviations over the mean of the last 128 steps from which on it is one."""
     max_skips: int = Field(20, ge=0)
-    """Updates that a run may leave out before it stops with status 6."""
+    """How often a run may skip or rewind before it stops with status 6."""
+    check_replicas: Interval | None = None
+    """How often copies of one weight on several ranks are compared; null: never."""
     step_timeout: Seconds = 600.0
     """A step that takes longer is a hang: every rank's stack is written, status 5."""
 

@@ -102,16 +102,22 @@ class Fence:
     def check(self) -> None:
         """Raise FencedError unless this process still has the folder."""
         owner = owner_of(self.folder)
-        if owner is not None and owner != self.owner:
+        if owner is not None and not self._is_own(owner):
             raise FencedError(
                 f"{self.folder} was taken over by {owner.describe()}:"
                 f" this one ({self.owner.number}) ends and writes no more"
             )
 
     def release(self) -> None:
-        """Note that this start has ended, if the folder is still its own."""
+        """Note that this start has ended, if the folder is still its own and can be written."""
         if owner_of(self.folder) == self.owner:
-            _write(self.folder, replace(self.owner, ended=now()))
+            try:
+                _write(self.folder, replace(self.owner, ended=now()))
+            except OSError:
+                pass  # then the next start says that this one may still run
+
+    def _is_own(self, owner: Owner) -> bool:
+        return replace(owner, ended=None) == self.owner
 
 
 def taken_over(folder: Path, since: str) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from moe_train.checkpoint.save import Checkpointer
+from moe_train.training.faults import Fault
 from moe_train.training.recorder import Recorder
+from moe_train.training.replicas import check_replicas
 from moe_train.training.signals import StopRequest
 from moe_train.training.trainer import Trainer
 from moe_train.training.watchdog import Watchdog
@@ -23,6 +25,7 @@ class StepFigures:
     z_loss: float
     gradient_norm: float
     expert_loads: dict[str, dict[str, float]]
+    rank_seconds: list[float]
     stop: bool
 
 
@@ -47,9 +50,11 @@ def train(
         if fault is None:
             trainer.optimizer.update(lr, figures.gradient_norm)
         else:
-            trainer.skip(position.samples, position.samples + batch_size)
-            recorder.skipped(step, fault, position.samples, batch_size)
+            with watchdog.allow(10 * config.faults.step_timeout, "going back to a checkpoint"):
+                _give_up(fault, trainer, recorder, checkpointer, step, position.samples + batch_size)
         position.step, position.samples = step, position.samples + batch_size
+        if _due(config.faults.check_replicas, step, tokens, trainer.tokens):
+            check_replicas(trainer.model, trainer.topology)
 
         line = {
             "step": step,
@@ -67,7 +72,7 @@ def train(
         if trainer.validation and _due(config.data.validation.interval, step, tokens, trainer.tokens, trainer.complete):
             with watchdog.allow(10 * config.faults.step_timeout, "validation"):
                 line.update(trainer.validation.run())
-        recorder.step(line, figures.expert_loads)
+        recorder.step(line, figures)
 
         if figures.stop:
             reason = _agreed_reason(trainer, stop)
@@ -85,18 +90,37 @@ def train(
     return reason
 
 
+def _give_up(
+    fault: Fault, trainer: Trainer, recorder: Recorder, checkpointer: Checkpointer, step: int, last: int
+) -> None:
+    """Leave out the update of ``step``, whose samples end before ``last``, or also those since the last checkpoint."""
+    if fault.action == "rewind":
+        checkpointer.wait()  # which checkpoint is the last one must not depend on how fast it is written
+        if (found := trainer.rewind(last)) is not None:
+            recorder.gave_up(step, fault.text, found[1], last, found[0])
+            return
+    trainer.skip(trainer.position.samples, last)
+    recorder.gave_up(step, fault.text, trainer.position.samples, last)
+
+
 def _gradients(trainer: Trainer, batch_size: int, stop: StopRequest) -> StepFigures:
     """Forward and backward of one global batch, and one sum over all ranks of everything that is to be known of it."""
     topology, layout = trainer.topology, trainer.topology.layout
     count = batch_size // trainer.config.training.micro_batch_size
     trainer.optimizer.zero_grad()
     trainer.monitor.reset()
+    trainer.stepper.clock.start()
     loss = trainer.stepper.train(trainer.read_micro_batches())
     norm = trainer.optimizer.gradient_norm()
-    own = torch.tensor([loss / layout.tensor, float(stop.reason() is not None)], dtype=torch.float64, device=topology.device)
-    totals = topology.sum_over_world(torch.cat([own, trainer.monitor.totals])).cpu()  # at once: every figure is read below
-    balance, z = trainer.monitor.losses(totals[2:], count)
-    return StepFigures(float(totals[0]) / count, balance, z, norm, trainer.monitor.loads(totals[2:]), bool(totals[1] > 0))
+    seconds = [0.0] * layout.world_size
+    seconds[topology.rank] = trainer.stepper.clock.seconds()
+    own = [loss / layout.tensor, float(stop.reason() is not None), *seconds]
+    values = torch.cat([torch.tensor(own, dtype=torch.float64, device=topology.device), trainer.monitor.totals])
+    totals = topology.sum_over_world(values).cpu()  # at once: every figure is read below
+    loss, stops, seconds, routers = totals[0], totals[1], totals[2 : len(own)], totals[len(own) :]
+    balance, z = trainer.monitor.losses(routers, count)
+    loads = trainer.monitor.loads(routers)
+    return StepFigures(float(loss) / count, balance, z, norm, loads, seconds.tolist(), bool(stops > 0))
 
 
 def _agreed_reason(trainer: Trainer, stop: StopRequest) -> str:

@@ -1,18 +1,23 @@
 """What a run leaves behind as it goes, written by rank 0 alone: metrics, events, console, trackers, ledger."""
 from __future__ import annotations
 
+import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_train.resume_rules import Change
 from moe_train.training.console import Console
 from moe_train.training.fence import Fence
+from moe_train.training.slow_ranks import SlowRanks
 from moe_train.training.throughput import Throughput
 from moe_train.training.tracking import Trackers
 from moe_train.training.trainer import Trainer
 from parallel.spawn import rank_log_path
+
+if TYPE_CHECKING:
+    from moe_train.training.loop import StepFigures
 
 
 class Recorder:
@@ -34,10 +39,14 @@ class Recorder:
             topology.layout.world_size,
             torch.cuda.get_device_name() if cuda else "cpu",
         )
+        hosts = topology.gather(socket.gethostname())
         if not self.active:
             return
-        start = self.folder.start(config.to_yaml())
-        self.total_tokens = trainer.stream.num_samples * trainer.sequence_length
+        self._slow_ranks = SlowRanks(hosts)
+        # A folder without events is a new one in the place of one that is gone: its count goes on.
+        new = not self.folder.events_path.exists()
+        start = self.folder.start(config.to_yaml(), trainer.previous_state.get("starts", 0) if new else 0)
+        self.total_tokens = trainer.last_token
         self.console = Console(self.total_tokens, rank_log_path(self.folder.logs, 0))
         self._metrics = self.folder.open_metrics(trainer.position.step)
         self._trackers = Trackers(
@@ -55,8 +64,8 @@ class Recorder:
         """Tokens per second and what follows from it, for a step."""
         return self._throughput.measure(tokens, seconds)
 
-    def step(self, line: dict[str, Any], loads: dict[str, dict[str, float]]) -> None:
-        """Record a finished step.
+    def step(self, line: dict[str, Any], figures: StepFigures) -> None:
+        """Record a finished step; ``line`` has the keys of metrics.jsonl.
 
         Raises:
             FencedError: another start has taken the folder.
@@ -65,11 +74,17 @@ class Recorder:
             return
         if self._fence is not None:
             self._fence.check()
-        self._metrics.append(line)
         due = "routers" in line
+        self._slow_ranks.add(figures.rank_seconds)
+        if due:
+            line["rank_seconds"] = self._slow_ranks.report()
+        self._metrics.append(line)
         self.console.step(line, due)
         if due:
-            self.console.router_health(line["step"], loads)
+            self.console.router_health(line["step"], figures.expert_loads)
+            if warning := self._slow_ranks.warning(line["rank_seconds"]):
+                self.console.warn(warning)
+                self.folder.event("slow_rank", line["step"], **line["rank_seconds"])
         scores = {name: value for name, value in line.items() if name.startswith("validation/")}
         if scores:
             self.console.say(f"  held-out at step {line['step']}: " + ", ".join(
@@ -78,13 +93,21 @@ class Recorder:
         if due or scores:
             self._trackers.log(line)
 
-    def skipped(self, step: int, fault: str, first_sample: int, count: int) -> None:
-        """Record an update that was not made."""
+    def gave_up(self, step: int, fault: str, first: int, last: int, checkpoint: Path | None = None) -> None:
+        """Record an update that was not made, or those since ``checkpoint`` that are undone: nothing is learnt from the
+        samples [first, last)."""
         if not self.active:
             return
-        self.folder.event("skip", step, reason=fault, first_sample=first_sample, samples=count)
+        count = self.trainer.guard.skips
+        details = {"reason": fault, "first_sample": first, "samples": last - first, "count": count}
+        if checkpoint is None:
+            done = "update skipped"
+            self.folder.event("skip", step, **details)
+        else:
+            done = f"went back to {checkpoint.name}, past samples {first} to {last - 1}"
+            self.folder.event("rewind", step, **details, checkpoint=str(checkpoint))
         self.folder.write_ledger(self.trainer.ledger.to_dict())
-        self.console.warn(f"step {step}: {fault}; update skipped")
+        self.console.warn(f"step {step}: {fault}; {done} ({count} of at most {self.trainer.guard.config.max_skips})")
 
     def stopping(self, reason: str) -> None:
         """Record what the ranks have agreed to stop for."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -118,26 +119,34 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
 
 
 def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopRequest, since: str) -> int:
+    fence = Fence.take(Path(run.output_dir)) if topology.rank == 0 else None
+    with ExitStack() as at_the_end:
+        if fence:
+            at_the_end.callback(fence.release)
+        return _train_as_owner(run, topology, resume, changes, stop, since, fence)
+
+
+def _train_as_owner(
+    run: RunConfig, topology, resume: str, changes: list, stop: StopRequest, since: str, fence: Fence | None
+) -> int:
     from moe_train.checkpoint.save import Checkpointer
     from moe_train.training.loop import train
     from moe_train.training.recorder import Recorder
     from moe_train.training.trainer import Trainer
     from moe_train.training.watchdog import EXIT_HANG, Watchdog
 
-    first = topology.rank == 0
-    fence = Fence.take(Path(run.output_dir)) if first else None
-    trainer = Trainer(run, topology, resume)
-    recorder = Recorder(trainer, changes, fence)
-    folder = trainer.folder
+    folder, owner = RunFolder(run.output_dir), topology.from_rank_zero(fence.owner if fence else None)
 
     def hung(reason: str) -> None:
         """For an end at once: unless another start has the folder by now."""
         if owner_of(folder.path) == owner:
             folder.settle(EXIT_HANG, reason, since)
 
-    log = rank_log_path(folder.logs, topology.rank)
-    watchdog = Watchdog(run.faults.step_timeout, log, before_exit=hung)
-    if first:
+    watchdog = Watchdog(run.faults.step_timeout, rank_log_path(folder.logs, topology.rank), before_exit=hung)
+    watchdog.arm("the start", 10 * run.faults.step_timeout)
+    trainer = Trainer(run, topology, resume)
+    recorder = Recorder(trainer, changes, fence)
+    if topology.rank == 0:
         stop.on_signal = lambda name: folder.event("signal", trainer.position.step, signal=name)
     tokenizer = Path(run.mixture.tokenizer) if run.mixture.tokenizer else None
     checkpointer = Checkpointer(
@@ -152,7 +161,6 @@ def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopReque
         may_commit=fence.check if fence else lambda: None,
         mirror=trainer.mirror,
     )
-    owner = owner_of(folder.path)  # rank 0 took it before it built the checkpointer, which the ranks do together
     try:
         stop.begin()
         reason = train(trainer, recorder, checkpointer, stop, watchdog)
@@ -163,8 +171,6 @@ def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopReque
     finally:
         trainer.close()
     recorder.finish(StoppedError.exit_code if reason else 0, reason or "complete")
-    if fence:
-        fence.release()
     return StoppedError.exit_code if reason else 0
 
 

@@ -53,8 +53,8 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.starts > 0 or self.metrics_path.exists() or any(self.checkpoints.glob("iter_*"))
 
-    def start(self, config_yaml: str) -> int:
-        """Begin a start of the run and return its number, from 1.
+    def start(self, config_yaml: str, earlier: int = 0) -> int:
+        """Begin a start of the run and return its number, from 1; `earlier`: starts that the folder may not know of.
 
         Writes the resolved config, and marks the outcome as open (code null) so that nobody believes the one of an
         earlier start.
@@ -65,7 +65,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
-            number = self.starts + 1
+            number = max(self.starts, earlier) + 1
             write_atomically(self.path / f"config.{number}.yaml", config_yaml)
             write_atomically(self.config_path, config_yaml)
             self._write_outcome(None, "running", None, now(), None)

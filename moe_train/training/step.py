@@ -5,6 +5,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from moe_train.training.slow_ranks import StepClock
 from parallel.topology import Topology
 
 
@@ -25,7 +26,16 @@ class Stepper:
         self.micro_batch_size = micro_batch_size
         ranks = topology.layout.tensor
         self.padded_length = -(-sequence_length // ranks) * ranks
+        self.clock = StepClock(topology.device)
+        """Stops when this rank's own gradients are there, before they are reduced."""
         self._schedule = get_forward_backward_func()
+        reduce = chunks[0].config.finalize_model_grads_func
+
+        def stop_clock_and_reduce(*args, **kwargs) -> None:
+            self.clock.stop()
+            reduce(*args, **kwargs)
+
+        chunks[0].config.finalize_model_grads_func = stop_clock_and_reduce
 
     def train(self, micro_batches: list[torch.Tensor]) -> float:
         """Accumulate the gradients of these micro-batches, each weighted by one over their number.

@@ -74,6 +74,22 @@ class Trainer:
         return self.config.training.batch_size(self.tokens)
 
     @property
+    def last_token(self) -> int:
+        """Tokens seen when the run is complete: at the end of the mixture, or at ``max_steps`` if that comes first."""
+        training, limit = self.config.training, self.config.training.max_steps
+        samples, step, end = self.position.samples, self.position.step, self.stream.num_samples
+        while (limit is None or step < limit) and samples < end:
+            size = training.batch_size(samples * self.sequence_length)
+            count = 1
+            if size == training.global_batch_size:  # and so are all later ones
+                count = (end - samples) // size
+                count = count if limit is None else min(count, limit - step)
+            if count == 0 or samples + count * size > end:
+                break
+            samples, step = samples + count * size, step + count
+        return samples * self.sequence_length
+
+    @property
     def complete(self) -> bool:
         """Whether there is no whole batch left, or ``max_steps`` is reached."""
         limit = self.config.training.max_steps
@@ -102,6 +118,21 @@ class Trainer:
     def skip(self, first: int, last: int) -> None:
         """Record that the samples [first, last) were read but not learnt from."""
         self.ledger = self.ledger.skip(first, last)
+
+    def rewind(self, last: int) -> tuple[Path, int] | None:
+        """Take weights and optimizer back to the newest checkpoint and pass over the samples from there to ``last``.
+
+        Steps and samples go on counting: what was computed since the checkpoint is given up, not repeated. Returns the
+        checkpoint and its number of samples; None, and nothing is done, where there is no checkpoint yet. No save may
+        be in flight.
+        """
+        checkpoint = find_checkpoint(self.folder.checkpoints, "auto", self.topology, self.mirror)
+        if checkpoint is None:
+            return None
+        state = load_checkpoint(checkpoint, self.model, self.optimizer, self.topology)
+        self.guard.rewind(state["faults"])
+        self.skip(state["samples"], last)
+        return checkpoint, state["samples"]
 
     def close(self) -> None:
         """End the reading thread."""
