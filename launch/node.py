@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from launch.nvidia_smi import check_gpus
 
@@ -83,10 +84,15 @@ def disk_problem(folder: str, free_gigabytes: float) -> str | None:
     return None
 
 
-def test_fabric(first_rank: int, world_size: int, address: str, port: int, settings: Settings) -> dict[str, Any]:
-    """Run this node's ranks of `parallel.fabric`: {"figures": ... of rank 0 or None, "problem": ... or None}."""
+def test_fabric(
+    first_rank: int, world_size: int, address: str, port: int, settings: Settings, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Run this node's ranks of `parallel.fabric`, until they end, time is up, one fails, or `stopped()`.
+
+    Returns {"figures": those that rank 0 printed, "problem": what went wrong}, each None where there is none.
+    """
     device = "cuda" if settings.gpus else "cpu"
-    processes = []
+    processes, outputs = [], []
     for local in range(settings.ranks_per_node):
         variables = {
             "RANK": first_rank + local,
@@ -96,28 +102,43 @@ def test_fabric(first_rank: int, world_size: int, address: str, port: int, setti
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
         }
+        # Into files: with NCCL_DEBUG=INFO it says more than a pipe holds.
+        outputs.append(tuple(tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)))
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "parallel.fabric", device],
                 env={**os.environ, **{key: str(value) for key, value in variables.items()}},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=outputs[-1][0],
+                stderr=outputs[-1][1],
             )
         )
-    end, figures, problem = time.monotonic() + settings.timeout, None, None
-    for local, process in enumerate(processes):
-        try:
-            out, err = process.communicate(timeout=max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            problem = problem or f"the exchange did not end within {settings.timeout:g} s"
+    end, problem = time.monotonic() + settings.timeout, None
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            break
+        if stopped():
+            problem = "another node failed"
+            break
+        if time.monotonic() > end:
+            problem = f"the exchange did not end within {settings.timeout:g} s"
+            break
+        time.sleep(0.05)
+    figures = None
+    for rank, (process, files) in enumerate(zip(processes, outputs), first_rank):
+        if running := process.poll() is None:
             process.kill()
-            process.communicate()
-            continue
-        if process.returncode:
-            said = err.strip().splitlines()
-            problem = problem or (said[-1] if said else f"its test ended with status {process.returncode}")
-        elif first_rank + local == 0:
-            figures = json.loads(out.strip().splitlines()[-1])
+        process.wait()
+        out, err = (_lines(file) for file in files)
+        if process.returncode and not running:
+            problem = problem or (err[-1] if err else f"its test ended with status {process.returncode}")
+        elif rank == 0:
+            figures = next((json.loads(line) for line in out if line.startswith("{")), None)
     return {"figures": figures, "problem": problem}
+
+
+def _lines(file: IO[str]) -> list[str]:
+    """What a process wrote; closes the file."""
+    with file:
+        file.seek(0)
+        return [line.strip() for line in file if line.strip()]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import statistics
@@ -40,6 +41,10 @@ class Peer:
         self._connection = connection
         self._file = connection.makefile("rw", encoding="utf-8", newline="\n")
 
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._connection.fileno()
+
     def send(self, value: Any) -> None:
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
@@ -63,8 +68,8 @@ def attend(name: str, first: str, port: int, key: str, settings: Settings) -> in
         if asked["do"] == "clock":
             peer.send(time.time())
         elif asked["do"] == "exchange":
-            peer.send(test_fabric(asked["rank"], asked["world_size"], asked["address"], asked["port"], settings))
-        else:
+            peer.send(test_fabric(asked["rank"], asked["world_size"], asked["address"], asked["port"], settings, lambda: _said(peer)))
+        elif asked["do"] == "end":
             return asked["status"]
 
 
@@ -183,14 +188,30 @@ class Judge:
     def _try(self, groups: list[list[str]]) -> list[tuple[str | None, dict[str, Any] | None]]:
         """Have the nodes of each group exchange data, all groups at once: what went wrong, and the figures."""
         self._rounds += 1
-        ranks = self.settings.ranks_per_node
-        port = int(os.environ["MASTER_PORT"])
+        ranks, port = self.settings.ranks_per_node, int(os.environ["MASTER_PORT"])
+        waiting: dict[str, int] = {}
         for number, group in enumerate(groups):
             for place, name in enumerate(group):
                 # A port of its own for each group and round: those before may linger.
                 task = {"rank": place * ranks, "world_size": len(group) * ranks, "address": group[0], "port": port + 1 + self._rounds * 40 + number}
                 self._send(name, {"do": "exchange", **task})
-        return [self._result(group) for group in groups]
+                waiting[name] = number
+        problems: list[str | None] = [None] * len(groups)
+        figures: list[dict[str, Any] | None] = [None] * len(groups)
+        end = time.monotonic() + self.settings.timeout + 30
+        while waiting:
+            ready = {self._peers[name]: name for name in waiting}
+            for peer in select.select(list(ready), [], [], max(0.0, end - time.monotonic()))[0] or list(ready):
+                name = ready[peer]
+                number = waiting.pop(name)
+                said = self._answer(name)
+                figures[number] = figures[number] or said["figures"]
+                if said["problem"] and problems[number] is None:
+                    problems[number] = said["problem"]
+                    for other in groups[number]:  # they would wait for it until the limit
+                        if other in waiting:
+                            self._send(other, {"do": "stop"})
+        return [(problem or self._slow(speeds), speeds) for problem, speeds in zip(problems, figures)]
 
     def _send(self, name: str, value: Any) -> None:
         try:
@@ -198,20 +219,15 @@ class Judge:
         except OSError:
             pass  # noticed when it does not answer
 
-    def _result(self, group: list[str]) -> tuple[str | None, dict[str, Any] | None]:
-        problems, figures = [], None
-        for name in group:
-            try:
-                said = self._peers[name].receive(self.settings.timeout + 30)
-            except (OSError, ValueError):
-                problems.append(f"{name} stopped to answer")
-                continue
-            figures = figures or said["figures"]
-            problems += [said["problem"]] if said["problem"] else []
+    def _answer(self, name: str) -> dict[str, Any]:
+        try:
+            return self._peers[name].receive(1.0)
+        except (OSError, ValueError):
+            return {"figures": None, "problem": f"{name} stopped to answer"}
+
+    def _slow(self, figures: dict[str, Any] | None) -> str | None:
         speed, least = (figures or {}).get("all_reduce"), self.settings.gigabytes_per_second
-        if not problems and speed is not None and least is not None and speed < least:
-            problems.append(f"all-reduce at {speed:.2f} GB/s, less than {least:g}")
-        return (problems[0] if problems else None), figures
+        return f"all-reduce at {speed:.2f} GB/s, less than {least:g}" if speed is not None and least is not None and speed < least else None
 
     def _write(self, chosen: list[str]) -> None:
         bad = {name: "; ".join(report.problems) for name, report in self.reports.items() if report.problems}
@@ -234,6 +250,10 @@ def _speeds(figures: dict[str, Any] | None) -> str:
     if not figures or figures["all_reduce"] is None:
         return ""
     return f"; all-reduce {figures['all_reduce']:.2f} GB/s, all-to-all {figures['all_to_all']:.2f} GB/s"
+
+
+def _said(peer: Peer) -> bool:
+    return bool(select.select([peer], [], [], 0)[0])
 
 
 def _connect(host: str, port: int, seconds: float) -> Peer:

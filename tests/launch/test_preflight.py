@@ -156,7 +156,7 @@ def test_slow_exchanges_among_two_are_nobodys_fault(tmp_path) -> None:
 
 def test_a_node_without_the_network_of_the_run_is_named(tmp_path) -> None:
     nodes = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    verdict, _ = preflight(tmp_path, nodes, broken="127.0.0.2", wanted=2, timeout=10.0)
+    verdict, _ = preflight(tmp_path, nodes, broken="127.0.0.2", wanted=2)
     assert list(verdict["bad"]) == ["127.0.0.2"] and "none0" in verdict["bad"]["127.0.0.2"]
     assert verdict["chosen"] == ["127.0.0.1", "127.0.0.3"] and verdict["fabric"]["all_reduce"] > 0
 
