@@ -118,7 +118,7 @@ def build():
 
     topology = engine.start(Layout(1, 1, 1, None, 1, 1), seed=1)
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
     from moe_train.training.step import Stepper
 

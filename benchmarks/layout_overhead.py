@@ -99,7 +99,7 @@ def serve(name: str) -> None:
         Layout(ranks, tensor, pipeline, None, layout.get("expert", 1), ranks // tensor // pipeline), seed=1
     )
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
     from moe_train.training.step import Stepper
 

@@ -112,10 +112,7 @@ class RunConfig(Section):
             resolve_layout(
                 self.parallel,
                 world_size,
-                num_layers=self.model.num_layers,
-                num_kv_heads=self.model.attention.num_kv_heads,
-                attention_experts=self.model.attention.num_experts,
-                mlp_experts=self.model.mlp.num_experts,
+                **self.model.extents(),
                 micro_batch_size=self.training.micro_batch_size,
                 global_batch_size=size,
             )

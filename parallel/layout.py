@@ -76,6 +76,7 @@ class _Problem:
     num_kv_heads: int
     attention_experts: int
     mlp_experts: int
+    dense_ffn_size: int | None
     micro_batch_size: int
     global_batch_size: int
     replicated: bool
@@ -90,6 +91,11 @@ class _Problem:
             return (
                 "tensor",
                 f"parallel.tensor {self.tensor} does not divide the {self.num_kv_heads} kv heads",
+            )
+        if self.dense_ffn_size is not None and self.dense_ffn_size % self.tensor:
+            return (
+                "tensor",
+                f"parallel.tensor {self.tensor} does not divide the MLP's width {self.dense_ffn_size}",
             )
         if self.virtual > 1 and self.pipeline == 1:
             return "virtual", f"parallel.virtual_pipeline {self.virtual} needs parallel.pipeline of 2 or more"
@@ -111,6 +117,9 @@ class _Problem:
         return self._violation_of_experts() or self._violation_of_batch()
 
     def _violation_of_experts(self) -> tuple[str, str] | None:
+        shared = self.mlp_experts or (0 if self.replicated else self.attention_experts)
+        if self.expert > 1 and not shared:
+            return "expert", f"parallel.expert {self.expert} has no experts of this model to share out"
         if self.mlp_experts % self.expert:
             return (
                 "expert",
@@ -158,10 +167,13 @@ def resolve_layout(
     num_kv_heads: int,
     attention_experts: int,
     mlp_experts: int,
+    dense_ffn_size: int | None = None,
     micro_batch_size: int,
     global_batch_size: int,
 ) -> Layout:
     """The layout of `world_size` ranks; the two batch sizes are in sequences.
+
+    Numbers of experts are 0 where attention or MLP is no mixture; `dense_ffn_size` is then the width of the MLP.
 
     Vocabulary and sequence length need not divide: both are padded inside.
 
@@ -179,6 +191,7 @@ def resolve_layout(
         num_kv_heads=num_kv_heads,
         attention_experts=attention_experts,
         mlp_experts=mlp_experts,
+        dense_ffn_size=dense_ffn_size,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         replicated=parallel.attention_experts == "replicated",
@@ -246,7 +259,8 @@ def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:
                 yield replace(problem, global_batch_size=batch)
     else:
         now = getattr(problem, what)
-        limit = {"tensor": problem.num_kv_heads, "expert": problem.mlp_experts}.get(what, problem.num_layers)
+        experts = problem.mlp_experts or problem.attention_experts
+        limit = {"tensor": problem.num_kv_heads, "expert": experts or 1}.get(what, problem.num_layers)
         for value in sorted(range(1, limit + 1), key=lambda value: (abs(value - now), value)):
             yield replace(problem, **{what: value})
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
 from tests.steps_on_ranks import build, make_layout, run_steps, small_model
 
 
@@ -16,8 +16,8 @@ def wide_model(**changes) -> ModelConfig:
         vocab_size=300,
         hidden_size=64,
         num_layers=4,
-        attention=AttentionConfig(num_kv_heads=4, head_dim=16, num_experts=4, top_k=2),
-        mlp=MLPConfig(ffn_hidden_size=96, num_experts=4, top_k=2),
+        attention=MixtureOfAttentionConfig(num_kv_heads=4, head_dim=16, num_experts=4, top_k=2),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=96, num_experts=4, top_k=2),
     )
     return ModelConfig(**{**values, **changes})
 

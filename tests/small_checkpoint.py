@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
 
 VOCABULARY = 320
 TEXT = """def main(argument):
@@ -23,8 +23,8 @@ def small_config(**changes) -> ModelConfig:
         vocab_size=VOCABULARY + 1,
         hidden_size=24,
         num_layers=2,
-        attention=AttentionConfig(num_kv_heads=2, head_dim=8, num_experts=4, top_k=2),
-        mlp=MLPConfig(ffn_hidden_size=22, num_experts=4, top_k=2),
+        attention=MixtureOfAttentionConfig(num_kv_heads=2, head_dim=8, num_experts=4, top_k=2),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=22, num_experts=4, top_k=2),
         max_sequence_length=64,
         norm_eps=1e-4,
         rope_theta=700.0,

@@ -6,7 +6,7 @@ import os
 import torch
 
 from moe_train.config import OptimizerConfig
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, RouterConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig, RouterConfig
 from parallel import engine
 from parallel.layout import Layout
 
@@ -19,8 +19,8 @@ def small_model(**changes) -> ModelConfig:
         vocab_size=51,
         hidden_size=32,
         num_layers=4,
-        attention=AttentionConfig(num_kv_heads=4, head_dim=8, num_experts=4, top_k=2),
-        mlp=MLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2),
+        attention=MixtureOfAttentionConfig(num_kv_heads=4, head_dim=8, num_experts=4, top_k=2),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2),
         router=RouterConfig(load_balancing_coef=0.02, z_coef=0.004),
         init_std=0.1,
     )
@@ -37,7 +37,7 @@ def build(
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
     from moe_train.model.build import DTYPES, build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
     from moe_train.training.router_monitor import RouterMonitor
     from moe_train.training.step import Stepper

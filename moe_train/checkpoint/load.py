@@ -27,12 +27,15 @@ from moe_train.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.mirror import Mirror
-    from moe_train.model.jetmoe import JetMoE
+    from moe_train.model.transformer import Transformer
     from moe_train.training.optimizer import Optimizer
     from parallel.topology import Topology
 
 NOT_COMPARED = {"router", "max_sequence_length", "init_std"}
 """Parts of a model's config on which no trained weight depends."""
+
+COMPARED = {"router.renormalize", "router.bias"}
+"""Keys inside of those parts that change what the model computes."""
 
 
 def find_checkpoint(
@@ -101,7 +104,7 @@ def what_is_wrong(path: Path, topology: Topology | _OneRank | None = None) -> st
 
 
 def load_checkpoint(
-    path: Path, chunks: list[JetMoE], optimizer: Optimizer | None, topology: Topology | None = None
+    path: Path, chunks: list[Transformer], optimizer: Optimizer | None, topology: Topology | None = None
 ) -> dict[str, Any]:
     """Fill model and optimizer (unless None) from a checkpoint of any layout; returns its run state.
 
@@ -129,11 +132,12 @@ def load_checkpoint(
 def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
     """Raise UserError, naming the keys and both values, unless the checkpoint's model has the shape of
     ``config``."""
-    theirs, ours = _flat(state["model"]), _flat(config.model_dump(mode="json"))
+    saved = ModelConfig.model_validate(state["model"])  # an older one lacks keys that have their defaults since
+    theirs, ours = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     differing = [
         f"model.{key} is {theirs.get(key)} in the checkpoint, {ours.get(key)} in the config"
         for key in dict.fromkeys([*theirs, *ours])
-        if key.split(".")[0] not in NOT_COMPARED and theirs.get(key) != ours.get(key)
+        if (key.split(".")[0] not in NOT_COMPARED or key in COMPARED) and theirs.get(key) != ours.get(key)
     ]
     if differing:
         raise UserError(

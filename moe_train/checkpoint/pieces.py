@@ -16,7 +16,7 @@ from moe_train.checkpoint.rectangles import rectangles
 from parallel.placement import Placement
 
 if TYPE_CHECKING:  # tensors are read and written on machines without megatron-core's imports too
-    from moe_train.model.jetmoe import JetMoE
+    from moe_train.model.transformer import Transformer
     from moe_train.training.optimizer import Optimizer, ShardState
 
 
@@ -76,7 +76,7 @@ def pieces_to_save(optimizer: Optimizer) -> list[Piece]:
     return pieces
 
 
-def pieces_to_load(chunks: list[JetMoE], optimizer: Optimizer | None, with_main: bool = True) -> list[Piece]:
+def pieces_to_load(chunks: list[Transformer], optimizer: Optimizer | None, with_main: bool = True) -> list[Piece]:
     """What this rank needs: all of its parameters, and the optimizer state of the ranges that it updates.
 
     ``with_main`` is whether the checkpoint holds fp32 main parameters beside the weights: they are what a

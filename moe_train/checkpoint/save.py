@@ -33,7 +33,7 @@ from moe_train.checkpoint.random_state import random_state
 from moe_train.checkpoint.retention import remove_superseded
 from moe_train.checkpoint.writer import Written, merge_plans, plan, write_metadata, write_pieces
 from moe_train.errors import PolicyStop
-from moe_train.model.jetmoe import JetMoE
+from moe_train.model.transformer import Transformer
 from moe_train.training.optimizer import Optimizer
 from parallel.topology import Topology
 
@@ -60,7 +60,7 @@ class Checkpointer:
         self,
         folder: Path,
         config: CheckpointConfig,
-        chunks: list[JetMoE],
+        chunks: list[Transformer],
         optimizer: Optimizer,
         topology: Topology,
         tokenizer: Path | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train.errors import UserError
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, RouterConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig, RouterConfig
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -92,10 +92,10 @@ def model_config(values: dict[str, Any], source: str) -> ModelConfig:
             vocab_size=value["vocab_size"],
             hidden_size=value["hidden_size"],
             num_layers=value["num_hidden_layers"],
-            attention=AttentionConfig(
+            attention=MixtureOfAttentionConfig(
                 num_kv_heads=value["num_key_value_heads"], head_dim=value["kv_channels"], **experts
             ),
-            mlp=MLPConfig(
+            mlp=MixtureOfMLPConfig(
                 ffn_hidden_size=value["intermediate_size"],
                 activation=ACTIVATIONS[value["activation_function"]],
                 **experts,

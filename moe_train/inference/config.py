@@ -50,10 +50,7 @@ class InferenceConfig(Section):
         return resolve_layout(
             self.parallel,
             world_size,
-            num_layers=model.num_layers,
-            num_kv_heads=model.attention.num_kv_heads,
-            attention_experts=model.attention.num_experts,
-            mlp_experts=model.mlp.num_experts,
+            **model.extents(),
             micro_batch_size=1,
             global_batch_size=world_size,
         )

@@ -23,8 +23,8 @@ from parallel.spawn import SpawnResult, rank_environment, run_rank, run_ranks, s
 if TYPE_CHECKING:
     import torch
 
-    from moe_train.model.attention import LayerCache
-    from moe_train.model.jetmoe import JetMoE
+    from moe_train.model.attention_core import LayerCache
+    from moe_train.model.transformer import Transformer
     from parallel.topology import Topology
 
 
@@ -111,13 +111,13 @@ class Session:
         topology: this rank's place.
     """
 
-    def __init__(self, planned: Plan, model: JetMoE, topology: Topology):
+    def __init__(self, planned: Plan, model: Transformer, topology: Topology):
         self.plan, self.config, self.topology = planned, planned.model, topology
         self._model = model.eval()
 
     def new_caches(self) -> list[LayerCache]:
         """An empty cache for each layer of this rank."""
-        from moe_train.model.attention import LayerCache
+        from moe_train.model.attention_core import LayerCache
 
         return [LayerCache() for _ in self._model.layers]
 
@@ -167,7 +167,7 @@ def load_session(planned: Plan, topology: Topology) -> Session:
     """Build and load on ranks whose engine runs already."""
     from moe_train.checkpoint.load import load_checkpoint
     from moe_train.model.build import DTYPES, build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     options = ModelOptions(
         dtype=DTYPES[planned.precision],

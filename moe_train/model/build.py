@@ -5,7 +5,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from moe_train.model.config import ModelConfig
-from moe_train.model.jetmoe import JetMoE, ModelOptions
+from moe_train.model.options import ModelOptions
+from moe_train.model.transformer import Transformer
 from parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,9 +23,9 @@ def engine_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        num_attention_heads=config.attention.num_kv_heads * config.attention.top_k,
+        num_attention_heads=config.attention.num_kv_heads * config.attention.queries_per_kv_head,
         kv_channels=config.attention.head_dim,
-        num_moe_experts=config.mlp.num_experts,
+        num_moe_experts=max(config.mlp.num_experts, config.attention.num_experts) or None,
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
         tensor_model_parallel_size=layout.tensor,
@@ -45,7 +46,7 @@ def engine_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -
     )
 
 
-def build_model(config: ModelConfig, topology: Topology, options: ModelOptions) -> list[JetMoE]:
+def build_model(config: ModelConfig, topology: Topology, options: ModelOptions) -> list[Transformer]:
     """The chunks of the model on this rank: one, or as many as there are virtual pipeline stages."""
     engine = engine_config(config, topology, options.dtype)
-    return [JetMoE(config, engine, topology, options, stage) for stage in range(topology.virtual_stages)]
+    return [Transformer(config, engine, topology, options, stage) for stage in range(topology.virtual_stages)]

@@ -1,20 +1,29 @@
-"""The shape of a JetMoE-class model (arXiv 2404.07413, Table 1). Needs no torch.
+"""The shape of a model: what kind of attention and MLP its layers have, and of what size. Needs no torch.
 
-The parts nest (`attention`, `mlp`, `router`), so that another kind of attention or MLP is another class in
-its place.
+`attention` and `mlp` each have a `kind`; a class here says what a kind is made of (:meth:`weights`, with how each
+is split over ranks) and what it costs (:meth:`multiply_adds`), and the network has a module for it. The defaults
+are JetMoE-8B's (arXiv 2404.07413, Table 1).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class ModelPart(BaseModel):
     """Strict, frozen, and without unknown keys: what a model file says is what is built."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Weight(NamedTuple):
+    """A parameter of one layer: its global shape, and whether tensor ranks each hold a part of it, expert ranks
+    whole experts of it (its first dimension counts them), or every rank all of it."""
+
+    shape: tuple[int, ...]
+    split: Literal["whole", "tensor", "expert"] = "whole"
 
 
 def _check_top_k(top_k: int, info: ValidationInfo) -> int:
@@ -26,50 +35,26 @@ def _check_top_k(top_k: int, info: ValidationInfo) -> int:
     return top_k
 
 
+def _check_even(head_dim: int) -> int:
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim {head_dim} is odd, and rotary embeddings turn pairs;"
+            f" the nearest that would do: {head_dim + 1}"
+        )
+    return head_dim
+
+
 TopK = Annotated[int, Field(ge=1, validate_default=True), AfterValidator(_check_top_k)]
 """Experts that each token uses, from 1 to `num_experts`, which stands before it."""
 
+HeadDim = Annotated[int, Field(ge=2), AfterValidator(_check_even)]
+"""Channels of one head (d); even, because rotary embeddings turn pairs of them."""
 
-class AttentionConfig(ModelPart):
-    """Mixture of attention heads: keys and values are shared, each expert has its own query and output
-    projections."""
-
-    num_kv_heads: int = Field(16, ge=1)
-    """Heads of one expert, and of the shared keys and values (n)."""
-    head_dim: int = Field(128, ge=2)
-    """Channels of one head (d); even, because rotary embeddings turn pairs of them."""
-    num_experts: int = Field(8, ge=1)
-    top_k: TopK = 2
-    """Experts that each token uses; the model has top_k * num_kv_heads query heads."""
-
-    @property
-    def width(self) -> int:
-        """D = n * d, the width of one expert's query; it need not equal the hidden size."""
-        return self.num_kv_heads * self.head_dim
-
-    @field_validator("head_dim")
-    @classmethod
-    def _check_head_dim(cls, head_dim: int) -> int:
-        if head_dim % 2:
-            raise ValueError(
-                f"head_dim {head_dim} is odd, and rotary embeddings turn pairs;"
-                f" the nearest that would do: {head_dim + 1}"
-            )
-        return head_dim
-
-
-class MLPConfig(ModelPart):
-    """Mixture of gated MLP experts: ``output(activation(gate x) * up x)``."""
-
-    ffn_hidden_size: int = Field(5632, ge=1)
-    """Width of one expert (F); gate and up are [F, H] each."""
-    num_experts: int = Field(8, ge=1)
-    top_k: TopK = 2
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+Activation = Literal["silu", "gelu", "relu"]
 
 
 class RouterConfig(ModelPart):
-    """The routers' losses (paper eq. 10-12), summed over both routers of every layer."""
+    """The routers of all mixtures: their gates, and their losses (JetMoE eq. 10-12), summed over the routers."""
 
     load_balancing_coef: float = Field(0.01, ge=0)
     """alpha of ``N * sum_i f_i P_i``, which is 1 when the load is even."""
@@ -79,6 +64,201 @@ class RouterConfig(ModelPart):
     """The tokens over which f and P are averaged: one micro-batch, or each sequence by itself (then the size
     of the
     micro-batch does not matter)."""
+    renormalize: bool = True
+    """Whether the gates of a token's top_k experts add up to 1 (JetMoE, Mixtral, Skywork-MoE), or are their
+    part of a softmax over all experts (OLMoE)."""
+    bias: bool = False
+    """Whether the logits have a bias (Skywork-MoE eq. 1)."""
+
+    def weights(self, num_experts: int, hidden: int) -> dict[str, Weight]:
+        """Name -> parameter of one router."""
+        weights = {"router.weight": Weight((num_experts, hidden))}
+        return weights | ({"router.bias": Weight((num_experts,))} if self.bias else {})
+
+
+class MixtureOfAttentionConfig(ModelPart):
+    """Mixture of attention heads (JetMoE): keys and values are shared, each expert has its own query and output
+    projections."""
+
+    kind: Literal["mixture"] = "mixture"
+    num_kv_heads: int = Field(16, ge=1)
+    """Heads of one expert, and of the shared keys and values (n)."""
+    head_dim: HeadDim = 128
+    num_experts: int = Field(8, ge=1)
+    top_k: TopK = 2
+    """Experts that each token uses; the model has top_k * num_kv_heads query heads."""
+    bias: bool = True
+    """Whether one vector is added to the combined output of the experts."""
+
+    @property
+    def width(self) -> int:
+        """D = n * d, the width of one expert's query; it need not equal the hidden size."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """Queries of one token that meet one kv head."""
+        return self.top_k
+
+    def weights(self, config: ModelConfig) -> dict[str, Weight]:
+        """Name -> parameter, in the order in which the module has them."""
+        hidden, experts = config.hidden_size, self.num_experts
+        return {
+            **({"bias": Weight((hidden,))} if self.bias else {}),
+            **config.router.weights(experts, hidden),
+            "query.weight": Weight((experts, self.width, hidden), "expert"),
+            "output.weight": Weight((experts, hidden, self.width), "expert"),
+            "kv.weight": Weight((2, self.width, hidden), "tensor"),
+        }
+
+    def multiply_adds(self, hidden: int, length: int) -> int:
+        """Of one token's forward pass in a sequence of `length`: matrix products, half of all scores."""
+        projections = (2 + 2 * self.top_k) * hidden * self.width
+        return projections + self.num_experts * hidden + self.top_k * self.width * length
+
+
+class GroupedQueryAttentionConfig(ModelPart):
+    """Attention in which `num_heads / num_kv_heads` query heads share each head of keys and values (Llama,
+    Mixtral); as many kv heads as heads make it plain multi-head attention."""
+
+    kind: Literal["gqa"] = "gqa"
+    num_heads: int = Field(32, ge=1)
+    num_kv_heads: int = Field(8, ge=1)
+    """Heads of keys and values; divides `num_heads`."""
+    head_dim: HeadDim = 128
+    qk_norm: bool = False
+    """RMS norms of the queries and of the keys of a token, each over all heads together (OLMoE)."""
+
+    num_experts: ClassVar[int] = 0
+
+    @field_validator("num_kv_heads")
+    @classmethod
+    def _check_groups(cls, num_kv_heads: int, info: ValidationInfo) -> int:
+        heads = info.data.get("num_heads", num_kv_heads)
+        if heads % num_kv_heads:
+            best = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: abs(n - num_kv_heads))
+            raise ValueError(
+                f"num_kv_heads {num_kv_heads} does not divide num_heads {heads}; the nearest that would do: {best}"
+            )
+        return num_kv_heads
+
+    @property
+    def width(self) -> int:
+        """Width of the queries of a token; it need not equal the hidden size."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of a token, and of its values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """Queries of one token that meet one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    def weights(self, config: ModelConfig) -> dict[str, Weight]:
+        """Name -> parameter, in the order in which the module has them. ``qkv`` is ``[kv heads, queries of one kv
+        head + 2, head_dim, hidden]``: the queries that share a kv head, then its keys, then its values."""
+        heads = (self.num_kv_heads, self.queries_per_kv_head + 2, self.head_dim, config.hidden_size)
+        norms = {
+            "query_norm.weight": Weight((self.width,), "tensor"),
+            "key_norm.weight": Weight((self.kv_width,), "tensor"),
+        }
+        return {
+            "qkv.weight": Weight(heads, "tensor"),
+            "output.weight": Weight((config.hidden_size, self.width), "tensor"),
+            **(norms if self.qk_norm else {}),
+        }
+
+    def multiply_adds(self, hidden: int, length: int) -> int:
+        """Of one token's forward pass in a sequence of `length`: matrix products, half of all scores."""
+        return 2 * hidden * (self.width + self.kv_width) + self.width * length
+
+
+class MixtureOfMLPConfig(ModelPart):
+    """Mixture of gated MLP experts: ``output(activation(gate x) * up x)``."""
+
+    kind: Literal["mixture"] = "mixture"
+    ffn_hidden_size: int = Field(5632, ge=1)
+    """Width of one expert (F); gate and up are [F, H] each."""
+    num_experts: int = Field(8, ge=1)
+    top_k: TopK = 2
+    activation: Activation = "silu"
+    bias: bool = True
+    """Whether one vector is added to the combined output of the experts."""
+
+    def weights(self, config: ModelConfig) -> dict[str, Weight]:
+        """Name -> parameter, in the order in which the module has them."""
+        hidden, ffn, experts = config.hidden_size, self.ffn_hidden_size, self.num_experts
+        return {
+            **({"bias": Weight((hidden,))} if self.bias else {}),
+            **config.router.weights(experts, hidden),
+            "gate_up.weight": Weight((experts, 2 * ffn, hidden), "expert"),
+            "down.weight": Weight((experts, hidden, ffn), "expert"),
+        }
+
+    @property
+    def active_width(self) -> int:
+        """F of all MLPs that one token goes through."""
+        return self.top_k * self.ffn_hidden_size
+
+    @property
+    def sparsity(self) -> float:
+        """The share of its experts that a token leaves out."""
+        return 1 - self.top_k / self.num_experts
+
+    def multiply_adds(self, hidden: int) -> int:
+        """Of one token's forward pass: matrix products."""
+        return 3 * hidden * self.active_width + self.num_experts * hidden
+
+
+class DenseMLPConfig(ModelPart):
+    """One gated MLP for every token: ``output(activation(gate x) * up x)``."""
+
+    kind: Literal["dense"] = "dense"
+    ffn_hidden_size: int = Field(14336, ge=1)
+    """F; gate and up are [F, H] each."""
+    activation: Activation = "silu"
+
+    num_experts: ClassVar[int] = 0
+    sparsity: ClassVar[float] = 0.0
+
+    def weights(self, config: ModelConfig) -> dict[str, Weight]:
+        """Name -> parameter, in the order in which the module has them."""
+        hidden, ffn = config.hidden_size, self.ffn_hidden_size
+        return {
+            "gate_up.weight": Weight((2, ffn, hidden), "tensor"),
+            "down.weight": Weight((hidden, ffn), "tensor"),
+        }
+
+    @property
+    def active_width(self) -> int:
+        """F of all MLPs that one token goes through."""
+        return self.ffn_hidden_size
+
+    def multiply_adds(self, hidden: int) -> int:
+        """Of one token's forward pass: matrix products."""
+        return 3 * hidden * self.ffn_hidden_size
+
+
+def _mixture_unless_said(value: Any) -> Any:
+    return {"kind": "mixture", **value} if isinstance(value, dict) else value
+
+
+AttentionConfig = Annotated[
+    MixtureOfAttentionConfig | GroupedQueryAttentionConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(_mixture_unless_said),
+]
+"""By its key `kind`, which is `mixture` where it is left out."""
+
+MLPConfig = Annotated[
+    MixtureOfMLPConfig | DenseMLPConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(_mixture_unless_said),
+]
+"""By its key `kind`, which is `mixture` where it is left out."""
 
 
 class ModelConfig(ModelPart):
@@ -87,16 +267,40 @@ class ModelConfig(ModelPart):
     vocab_size: int = Field(32000, ge=2)
     hidden_size: int = Field(2048, ge=1)
     num_layers: int = Field(24, ge=1)
-    attention: AttentionConfig = AttentionConfig()
-    mlp: MLPConfig = MLPConfig()
+    attention: AttentionConfig = MixtureOfAttentionConfig()
+    mlp: MLPConfig = MixtureOfMLPConfig()
     router: RouterConfig = RouterConfig()
+    """Of every mixture; a model without one has no use for it."""
     norm_eps: float = Field(1.0e-6, gt=0)
-    """Of the final norm alone; the norms inside the layers keep 1e-6, as in the original code."""
+    """Of the final norm."""
+    layer_norm_eps: float = Field(1.0e-6, gt=0)
+    """Of the norms inside the layers; JetMoE's have 1e-6 whatever its final norm has."""
     rope_theta: float = Field(10000.0, gt=0)
     max_sequence_length: int = Field(4096, ge=1)
     """The longest sequence that the model is trained on or generates."""
     init_std: float = Field(0.01, ge=0)
     tie_embeddings: bool = True
+
+    def routers(self) -> dict[str, int]:
+        """Layer and part of every router (``layers.3.mlp``) -> its number of experts, in the order of the forward
+        pass; empty for a model without a mixture."""
+        parts = {"attention": self.attention.num_experts, "mlp": self.mlp.num_experts}
+        return {
+            f"layers.{layer}.{part}": experts
+            for layer in range(self.num_layers)
+            for part, experts in parts.items()
+            if experts
+        }
+
+    def extents(self) -> dict[str, int | None]:
+        """What a layout must divide, as `parallel.layout.resolve_layout` names it."""
+        return {
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.attention.num_kv_heads,
+            "attention_experts": self.attention.num_experts,
+            "mlp_experts": self.mlp.num_experts,
+            "dense_ffn_size": None if self.mlp.num_experts else self.mlp.ffn_hidden_size,
+        }
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Global name -> global shape of every parameter, in the order of the forward pass."""

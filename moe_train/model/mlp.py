@@ -1,4 +1,9 @@
-"""Mixture of gated MLP experts (JetMoE eq. 3, 4): ``sum_s gate_s * down(act(gate x) * up x) + bias``, dropless."""
+"""The kinds of MLP, all gated: ``down(act(gate x) * up x)``. Each maps ``[s, B, H] -> [s, B, H]``, s the part of the
+sequence on this tensor rank.
+
+The mixture (JetMoE eq. 3, 4) is ``sum_s gate_s * expert_s(x) + bias``, dropless. With ``recompute: selective`` nothing
+inside of an MLP is kept for the backward: the widest activations of the model are computed again.
+"""
 from __future__ import annotations
 
 import torch
@@ -7,33 +12,28 @@ from megatron.core import tensor_parallel
 
 from moe_train.model.config import ModelConfig
 from moe_train.model.grouped_linear import GroupedLinear
-from moe_train.model.parameters import new_parameter, sequence_parallel
+from moe_train.model.linear import column_parallel, row_parallel
+from moe_train.model.options import ModelOptions
+from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
 from parallel.dispatch import ExpertDispatcher
 from parallel.topology import Topology
 
 
 class MixtureOfMLP(torch.nn.Module):
-    """``[s, B, H] -> [s, B, H]``, s the part of the sequence on this tensor rank.
-
-    With ``recompute_experts`` nothing between the two trips is kept for the backward: the widest activations of the
-    model are computed again from the dispatched rows, without another exchange.
+    """Experts of which each token uses some. What lies between the two trips is computed again from the dispatched rows,
+    without another exchange.
     """
 
-    def __init__(
-        self, name: str, config: ModelConfig, engine, topology: Topology, dtype: torch.dtype, recompute_experts: bool = False
-    ):
+    def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
-        mlp, hidden = config.mlp, config.hidden_size
-        self.recompute_experts = recompute_experts
-        self.activation = mlp.activation
+        mlp, hidden, dtype = config.mlp, config.hidden_size, options.dtype
+        self.recompute, self.activation = options.recompute == "selective", mlp.activation
         self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router, topology, dtype)
         self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology)
         self.gate_up = GroupedLinear(f"{name}.gate_up", mlp.num_experts, hidden, 2 * mlp.ffn_hidden_size, topology, dtype)
         self.down = GroupedLinear(f"{name}.down", mlp.num_experts, mlp.ffn_hidden_size, hidden, topology, dtype)
-        self.bias = sequence_parallel(
-            new_parameter(f"{name}.bias", (hidden,), replica=topology.tensor_rank, dtype=dtype, device=topology.device)
-        )
+        self.bias = output_bias(f"{name}.bias", hidden, topology, dtype) if mlp.bias else None
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         x_th = x_sbh.flatten(0, 1)
@@ -44,18 +44,41 @@ class MixtureOfMLP(torch.nn.Module):
         def experts(rows: torch.Tensor) -> torch.Tensor:
             return self.down(gated_activation(self.gate_up(rows, plan.counts), self.activation), plan.counts)
 
-        if self.recompute_experts and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled():
             answers = tensor_parallel.checkpoint(experts, False, rows)
         else:
             answers = experts(rows)
-        return (plan.collect_weighted(answers, gates_tk) + self.bias).view_as(x_sbh)
+        out_th = plan.collect_weighted(answers, gates_tk)
+        return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
 
+
+class DenseMLP(torch.nn.Module):
+    """One MLP for every token, its width split over the tensor ranks."""
+
+    def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
+        super().__init__()
+        mlp, hidden = config.mlp, config.hidden_size
+        self.recompute, self.activation = options.recompute == "selective", mlp.activation
+        self.gate_up = column_parallel(f"{name}.gate_up", (2, mlp.ffn_hidden_size, hidden), 1, engine, topology)
+        self.down = row_parallel(f"{name}.down", (hidden, mlp.ffn_hidden_size), engine, topology)
+
+    def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(self._compute, False, x_sbh)
+        return self._compute(x_sbh)
+
+    def _compute(self, x_sbh: torch.Tensor) -> torch.Tensor:
+        return self.down(gated_activation(self.gate_up(x_sbh)[0], self.activation))[0]
+
+
+MLP = {"mixture": MixtureOfMLP, "dense": DenseMLP}
+"""``kind`` of a model's MLP -> its module."""
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """``act(gate) * up`` for ``gate_up = [gate | up]``, ``[T, 2F] -> [T, F]``."""
+    """``act(gate) * up`` for ``gate_up = [gate | up]``, ``[..., 2F] -> [..., F]``."""
     if activation == "silu":
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

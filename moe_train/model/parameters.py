@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from parallel.placement import Placement, place
+from parallel.topology import Topology
 
 ROWS_PER_BLOCK = 256
 
@@ -49,11 +50,18 @@ def expert_parallel(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return parameter
 
 
+def output_bias(name: str, size: int, topology: Topology, dtype: torch.dtype) -> torch.nn.Parameter:
+    """A vector that each tensor rank adds to its part of the sequence."""
+    return sequence_parallel(
+        new_parameter(name, (size,), replica=topology.tensor_rank, dtype=dtype, device=topology.device)
+    )
+
+
 @torch.no_grad()
 def initialize(parameter: torch.nn.Parameter, *, seed: int, std: float) -> None:
     """Fill a placed parameter: N(0, std) for weights, ones for norms, zeros for biases and for padding.
 
-    HF's and the authors' JetMoE initialise so: one standard deviation for all matrices, routers included.
+    Hugging Face's models and JetMoE's authors initialise so: one standard deviation for all matrices, routers included.
     """
     placement: Placement = parameter.placement
     parameter.zero_()

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, with what weight, and the losses that keep the experts in balance.
 
 JetMoE (eq. 1, 2, 10, 11): logits in the model's precision, cast to fp32; the k largest are kept and the softmax is taken over
-them alone. Load-balancing loss ``E * sum_e f_e P_e`` (Fedus et al.), 1 when balanced; z-loss ``mean logsumexp^2``
+them alone (``renormalize: false``, as OLMoE: over all experts). Load-balancing loss ``E * sum_e f_e P_e`` (Fedus et al.), 1 when balanced; z-loss ``mean logsumexp^2``
 (Zoph et al.). Both are means over the tokens of one micro-batch (or of one sequence, ``scope: sequence``), summed over
 the tensor ranks that share it, so that no layout changes them.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moe_train.model.config import RouterConfig
-from moe_train.model.parameters import new_parameter, sequence_parallel
+from moe_train.model.parameters import new_parameter, output_bias, sequence_parallel
 from parallel.topology import Topology
 
 
@@ -54,12 +54,14 @@ class Router(torch.nn.Module):
                 f"{name}.weight", (num_experts, hidden_size), replica=topology.tensor_rank, dtype=dtype, device=topology.device
             )
         )
+        self.bias = output_bias(f"{name}.bias", num_experts, topology, dtype) if config.bias else None
         self.observe = None
 
     def forward(self, x_th: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_te = F.linear(x_th, self.weight).float()
+        logits_te = F.linear(x_th, self.weight, self.bias).float()
         kept_tk, experts_tk = logits_te.topk(self.top_k, dim=-1)
-        gates_tk = kept_tk.softmax(dim=-1).to(x_th.dtype)
+        gates_tk = kept_tk.softmax(dim=-1) if self.config.renormalize else logits_te.softmax(dim=-1).gather(1, experts_tk)
+        gates_tk = gates_tk.to(x_th.dtype)
         if self.training and torch.is_grad_enabled():
             valid = tokens.valid_rows(len(x_th))
             balance, z, counts = self._losses(logits_te[:valid], experts_tk[:valid], tokens)

@@ -17,11 +17,11 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from moe_train.model.gradients import accumulate_in_place
-from moe_train.model.jetmoe import JetMoE
+from moe_train.model.transformer import Transformer
 from moe_train.training.config import OptimizerConfig
 
 
-def wrap_data_parallel(chunks: list[JetMoE], overlap: bool) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: list[Transformer], overlap: bool) -> list[DistributedDataParallel]:
     """Give each chunk a gradient buffer and its reduction; ``overlap`` runs the reduction beside the backward (GPUs)."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -13,7 +13,7 @@ import torch
 from moe_train.errors import HardwareError
 
 if TYPE_CHECKING:
-    from moe_train.model.jetmoe import JetMoE
+    from moe_train.model.transformer import Transformer
     from parallel.topology import Topology
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,7 +21,7 @@ Checksums = dict[tuple[str, tuple[int, ...]], int]
 """(parameter, offset in it) -> checksum"""
 
 
-def check_replicas(chunks: list[JetMoE], topology: Topology) -> None:
+def check_replicas(chunks: list[Transformer], topology: Topology) -> None:
     """Compare the weights that several ranks hold. Every rank calls it; costs one pass over this rank's weights.
 
     Raises:
@@ -31,7 +31,7 @@ def check_replicas(chunks: list[JetMoE], topology: Topology) -> None:
         raise HardwareError(fault)
 
 
-def checksums(chunks: list[JetMoE]) -> Checksums:
+def checksums(chunks: list[Transformer]) -> Checksums:
     """The sum of the bits, as integers, of every parameter of this rank; padding is left out."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     places = [(parameter.placement.name, tuple(parameter.placement.offset)) for parameter in parameters]

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from moe_train.model.jetmoe import JetMoE
 from moe_train.model.router import Router
+from moe_train.model.transformer import Transformer
 from parallel.topology import Topology
 
 
@@ -17,25 +17,28 @@ class RouterMonitor:
     brings the parts of tensor, pipeline and data ranks together.
     """
 
-    def __init__(self, chunks: list[JetMoE], topology: Topology):
-        config = chunks[0].model_config
-        self.names = [f"layers.{index}.{part}" for index in range(config.num_layers) for part in ("attention", "mlp")]
-        self.experts = [size for _ in range(config.num_layers) for size in (config.attention.num_experts, config.mlp.num_experts)]
+    def __init__(self, chunks: list[Transformer], topology: Topology):
+        routers = chunks[0].model_config.routers()
+        self.names, self.experts = list(routers), list(routers.values())
         self._starts = [0]
         for size in self.experts:
             self._starts.append(self._starts[-1] + 2 + size)
         self.totals = torch.zeros(self._starts[-1], dtype=torch.float64, device=topology.device)
         for chunk in chunks:
             for layer in chunk.layers:
-                for offset, block in enumerate((layer.attention, layer.mlp)):
-                    self._watch(block.router, 2 * layer.index + offset)
+                for part in ("attention", "mlp"):
+                    if (name := f"layers.{layer.index}.{part}") in routers:
+                        self._watch(getattr(layer, part).router, self.names.index(name))
 
     def reset(self) -> None:
         """Forget the last step."""
         self.totals.zero_()
 
     def losses(self, totals: torch.Tensor, micro_batches: int) -> tuple[float, float]:
-        """(load_balancing_loss, z_loss): means over routers and micro-batches of totals summed over all ranks."""
+        """(load_balancing_loss, z_loss): means over routers and micro-batches of totals summed over all ranks; 0
+        for a model without routers."""
+        if not self.names:
+            return 0.0, 0.0
         share = micro_batches * len(self.names)
         starts = self._starts[:-1]
         balance = sum(float(totals[start]) for start in starts) / share

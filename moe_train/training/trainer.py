@@ -16,7 +16,7 @@ from moe_train.checkpoint.load import check_same_model, find_checkpoint, load_ch
 from moe_train.checkpoint.mirror import open_mirror
 from moe_train.config import RunConfig
 from moe_train.model.build import DTYPES, build_model
-from moe_train.model.jetmoe import ModelOptions
+from moe_train.model.options import ModelOptions
 from moe_train.training.faults import FaultGuard
 from moe_train.training.optimizer import Optimizer, wrap_data_parallel
 from moe_train.training.router_monitor import RouterMonitor

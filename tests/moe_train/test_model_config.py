@@ -8,14 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from moe_train.config import load_model
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
 
 SMALL = ModelConfig(
     vocab_size=101,
     hidden_size=24,
     num_layers=3,
-    attention=AttentionConfig(num_kv_heads=3, head_dim=10, num_experts=5, top_k=3),
-    mlp=MLPConfig(ffn_hidden_size=44, num_experts=7, top_k=1),
+    attention=MixtureOfAttentionConfig(num_kv_heads=3, head_dim=10, num_experts=5, top_k=3),
+    mlp=MixtureOfMLPConfig(ffn_hidden_size=44, num_experts=7, top_k=1),
 )
 
 
@@ -83,11 +83,11 @@ def test_flops_per_token_by_hand() -> None:
 @pytest.mark.parametrize(
     ("part", "values", "text"),
     [
-        (AttentionConfig, {"head_dim": 5}, "the nearest that would do: 6"),
-        (AttentionConfig, {"num_experts": 4, "top_k": 5}, "the nearest that would do: 4"),
-        (MLPConfig, {"num_experts": 1}, "top_k 2 is more than num_experts 1"),
-        (MLPConfig, {"top_k": 0}, "greater than or equal to 1"),
-        (MLPConfig, {"activation": "relu2"}, "'silu', 'gelu' or 'relu'"),
+        (MixtureOfAttentionConfig, {"head_dim": 5}, "the nearest that would do: 6"),
+        (MixtureOfAttentionConfig, {"num_experts": 4, "top_k": 5}, "the nearest that would do: 4"),
+        (MixtureOfMLPConfig, {"num_experts": 1}, "top_k 2 is more than num_experts 1"),
+        (MixtureOfMLPConfig, {"top_k": 0}, "greater than or equal to 1"),
+        (MixtureOfMLPConfig, {"activation": "relu2"}, "'silu', 'gelu' or 'relu'"),
         (ModelConfig, {"rope_theta": float("nan")}, "finite"),
         (ModelConfig, {"vocab_size": "32000"}, "integer"),
         (ModelConfig, {"n_layers": 3}, "Extra inputs"),

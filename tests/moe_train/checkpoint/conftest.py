@@ -9,14 +9,14 @@ import torch
 
 from moe_train.checkpoint.folder import checkpoint_name, point_to
 from moe_train.checkpoint.weights import write_weights
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
 
 MODEL = ModelConfig(
     vocab_size=7,
     hidden_size=4,
     num_layers=1,
-    attention=AttentionConfig(num_kv_heads=1, head_dim=2, num_experts=2, top_k=1),
-    mlp=MLPConfig(ffn_hidden_size=3, num_experts=2, top_k=1),
+    attention=MixtureOfAttentionConfig(num_kv_heads=1, head_dim=2, num_experts=2, top_k=1),
+    mlp=MixtureOfMLPConfig(ffn_hidden_size=3, num_experts=2, top_k=1),
 )
 
 

@@ -12,7 +12,7 @@ from moe_train.checkpoint.folder import read_run_state
 from moe_train.checkpoint.load import check_same_model, load_checkpoint
 from moe_train.checkpoint.random_state import random_state, restore_random_state
 from moe_train.errors import UserError
-from moe_train.model.config import AttentionConfig, RouterConfig
+from moe_train.model.config import MixtureOfAttentionConfig, RouterConfig
 from tests.moe_train.checkpoint.conftest import MODEL
 
 
@@ -32,8 +32,21 @@ def test_what_no_weight_depends_on_may_differ(state, free) -> None:
     check_same_model(state, MODEL.model_copy(update=free))
 
 
+def test_a_checkpoint_from_before_a_key_existed_has_its_default(state) -> None:
+    old = {**state["model"], "attention": {**state["model"]["attention"]}}
+    del old["attention"]["kind"], old["layer_norm_eps"]
+    check_same_model({**state, "model": old}, MODEL)
+    with pytest.raises(UserError, match="model.layer_norm_eps is 1e-06 in the checkpoint, 1e-05 in the config"):
+        check_same_model({**state, "model": old}, MODEL.model_copy(update={"layer_norm_eps": 1e-5}))
+
+
+def test_how_routers_compute_is_part_of_the_model(state) -> None:
+    with pytest.raises(UserError, match="model.router.renormalize is True"):
+        check_same_model(state, MODEL.model_copy(update={"router": RouterConfig(renormalize=False)}))
+
+
 def test_another_model_is_refused_with_each_key_and_both_values(state) -> None:
-    attention = AttentionConfig(num_kv_heads=1, head_dim=4, num_experts=2, top_k=1)
+    attention = MixtureOfAttentionConfig(num_kv_heads=1, head_dim=4, num_experts=2, top_k=1)
     other = MODEL.model_copy(update={"hidden_size": 8, "attention": attention})
     with pytest.raises(UserError) as caught:
         check_same_model(state, other)

@@ -11,7 +11,7 @@ import torch
 from moe_train.convert.huggingface import from_hf, to_hf
 from moe_train.convert.names import counterparts
 from moe_train.errors import DamagedError, UserError
-from moe_train.model.config import AttentionConfig, MLPConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig
 from tests import reference_jetmoe as reference
 from tests.small_checkpoint import random_weights, small_config, write_checkpoint, write_tokenizer
 
@@ -21,8 +21,8 @@ CONFIGS = {
         tie_embeddings=False,
         vocab_size=37,
         hidden_size=21,
-        attention=AttentionConfig(num_kv_heads=3, head_dim=6, num_experts=5, top_k=3),
-        mlp=MLPConfig(ffn_hidden_size=19, num_experts=5, top_k=3, activation="gelu"),
+        attention=MixtureOfAttentionConfig(num_kv_heads=3, head_dim=6, num_experts=5, top_k=3),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=19, num_experts=5, top_k=3, activation="gelu"),
     ),
 }
 
@@ -347,7 +347,7 @@ def test_nothing_is_overwritten(source, tmp_path):
 
 
 def test_a_model_that_transformers_cannot_express(tmp_path):
-    config = small_config(mlp=MLPConfig(ffn_hidden_size=22, num_experts=6, top_k=2))
+    config = small_config(mlp=MixtureOfMLPConfig(ffn_hidden_size=22, num_experts=6, top_k=2))
     path = write_checkpoint(tmp_path / "ours", config, random_weights(config))
     assert "attention.num_experts 4 and mlp.num_experts 6 differ" in fails(to_hf, path, tmp_path / "out")
 

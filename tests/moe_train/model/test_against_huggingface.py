@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_train.convert.names import counterparts
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, RouterConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig, RouterConfig
 
 
 def model_config(
@@ -26,8 +26,8 @@ def model_config(
         vocab_size=vocab,
         hidden_size=hidden,
         num_layers=layers,
-        attention=AttentionConfig(num_kv_heads=heads, head_dim=head_dim, num_experts=experts, top_k=top_k),
-        mlp=MLPConfig(ffn_hidden_size=ffn, num_experts=experts, top_k=top_k, activation=activation),
+        attention=MixtureOfAttentionConfig(num_kv_heads=heads, head_dim=head_dim, num_experts=experts, top_k=top_k),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=ffn, num_experts=experts, top_k=top_k, activation=activation),
         router=RouterConfig(load_balancing_coef=0.0, z_coef=0.0),
         **{"init_std": 0.2, **changes},
     )
@@ -100,7 +100,7 @@ def huggingface_twin(config: ModelConfig, ours: dict[str, torch.nn.Parameter]):
 def both(request, topology):
     """(config, our model, its parameters by name, the twin, its parameters by our names, token ids)."""
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     config, batch, length = SHAPES[request.param]
     model = build_model(config, topology, ModelOptions())[0]

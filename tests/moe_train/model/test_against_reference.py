@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig, RouterConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig, RouterConfig
 from moe_train.training.config import OptimizerConfig
 from tests import reference_jetmoe as reference
 
@@ -15,8 +15,8 @@ CONFIG = ModelConfig(
     vocab_size=45,
     hidden_size=20,
     num_layers=2,
-    attention=AttentionConfig(num_kv_heads=3, head_dim=8, num_experts=4, top_k=2),
-    mlp=MLPConfig(ffn_hidden_size=22, num_experts=5, top_k=3),
+    attention=MixtureOfAttentionConfig(num_kv_heads=3, head_dim=8, num_experts=4, top_k=2),
+    mlp=MixtureOfMLPConfig(ffn_hidden_size=22, num_experts=5, top_k=3),
     router=RouterConfig(load_balancing_coef=0.05, z_coef=0.02),
     init_std=0.15,
 )
@@ -39,7 +39,7 @@ OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=1.0)
 def setting(request, topology):
     """(config, chunks, the model's parameters in fp64 by name, batches of the steps)."""
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     config = MODELS[request.param]
     chunks = build_model(config, topology, ModelOptions(seed=3))

@@ -38,7 +38,7 @@ def test_positions_and_mask_by_hand():
 @pytest.fixture(scope="module")
 def both(topology):
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     config = model_config()
     model = build_model(config, topology, ModelOptions(document_end=END))[0]

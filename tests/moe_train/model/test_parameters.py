@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_train.config import load_model
-from moe_train.model.config import AttentionConfig, MLPConfig, ModelConfig
+from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
 
 SHAPES = {
     "embedding.weight": (1000, 12),
@@ -75,14 +75,14 @@ def test_padding_norms_and_biases(topology):
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_and_shapes_are_those_of_the_config(topology, tied):
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     config = ModelConfig(
         vocab_size=31,
         hidden_size=14,
         num_layers=3,
-        attention=AttentionConfig(num_kv_heads=3, head_dim=6, num_experts=4, top_k=3),
-        mlp=MLPConfig(ffn_hidden_size=10, num_experts=6, top_k=1),
+        attention=MixtureOfAttentionConfig(num_kv_heads=3, head_dim=6, num_experts=4, top_k=3),
+        mlp=MixtureOfMLPConfig(ffn_hidden_size=10, num_experts=6, top_k=1),
         tie_embeddings=tied,
     )
     model = build_model(config, topology, ModelOptions())[0]
@@ -96,7 +96,7 @@ def test_names_and_shapes_are_those_of_the_config(topology, tied):
 def test_counts_of_the_large_presets(topology, name):
     """Built on the meta device (megatron-core's own layers on the CPU: untouched memory costs nothing)."""
     from moe_train.model.build import build_model
-    from moe_train.model.jetmoe import ModelOptions
+    from moe_train.model.options import ModelOptions
 
     config = load_model(name)
     model = build_model(

@@ -1,7 +1,5 @@
-"""JetMoE (arXiv 2404.07413): the network, or the chunk of it that one pipeline stage holds."""
+"""The network, or the chunk of it that one pipeline stage holds. What a layer is made of, the config says by kind."""
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +8,14 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 
-from moe_train.model.attention import LayerCache, MixtureOfAttention
+from moe_train.model.attention import ATTENTION
+from moe_train.model.attention_core import LayerCache
 from moe_train.model.config import ModelConfig
 from moe_train.model.documents import document_mask, document_positions
 from moe_train.model.head import VocabularyHead
-from moe_train.model.mlp import MixtureOfMLP
-from moe_train.model.norm import LAYER_NORM_EPS, RMSNorm
+from moe_train.model.mlp import MLP
+from moe_train.model.norm import RMSNorm
+from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import initialize, new_parameter
 from moe_train.model.rope import rotary_table
 from moe_train.model.router import Tokens
@@ -23,45 +23,24 @@ from parallel.placement import Placement, place
 from parallel.topology import Topology
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a model is built, apart from what it computes.
-
-    ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLP experts; ``full``,
-    each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts too.
-    ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to follow.
-    ``document_end``: the token that ends a document, where attention and positions are to restart after it; None: a window is one
-    sequence.
-    """
-
-    dtype: torch.dtype = torch.float32
-    seed: int = 1234
-    recompute: str = "none"
-    sharded_attention: bool = True
-    initialize: bool = True
-    document_end: int | None = None
-
-
 class Layer(torch.nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(self, index: int, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
-        name, dtype = f"layers.{index}", options.dtype
         self.index = index
-        self.attention_norm = RMSNorm(f"{name}.attention_norm", config.hidden_size, LAYER_NORM_EPS, topology, dtype)
-        self.attention = MixtureOfAttention(
-            f"{name}.attention", config, engine, topology, dtype, options.sharded_attention
-        )
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, LAYER_NORM_EPS, topology, dtype)
-        self.mlp = MixtureOfMLP(f"{name}.mlp", config, engine, topology, dtype, options.recompute == "selective")
+        name, norm = f"layers.{index}", (config.hidden_size, config.layer_norm_eps, topology, options.dtype)
+        self.attention_norm = RMSNorm(f"{name}.attention_norm", *norm)
+        self.attention = ATTENTION[config.attention.kind](f"{name}.attention", config, engine, topology, options)
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", *norm)
+        self.mlp = MLP[config.mlp.kind](f"{name}.mlp", config, engine, topology, options)
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
         x_sbh = x_sbh + self.attention(self.attention_norm(x_sbh), tokens, rotary, cache)
         return x_sbh + self.mlp(self.mlp_norm(x_sbh), tokens)
 
 
-class JetMoE(MegatronModule):
+class Transformer(MegatronModule):
     """One stage of the network.
 
     Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else fp32 logits
@@ -126,7 +105,7 @@ class JetMoE(MegatronModule):
         if document_end is None:
             mask, positions = None, torch.arange(first_position, first_position + padded, device=x_sbh.device)
         else:
-            mask = document_mask(ids_bs, document_end, attention.top_k)
+            mask = document_mask(ids_bs, document_end, attention.queries_per_kv_head)
             positions = document_positions(ids_bs, document_end)
         tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks, mask)
         rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
