@@ -81,7 +81,8 @@ class StopRequest:
         self._wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
-        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        self._listener.start()
 
     def restore(self) -> None:
         """Put back the handlers that were there before `install`."""
@@ -93,6 +94,8 @@ class StopRequest:
         reader, writer = self._sockets
         self._sockets = None
         writer.close()  # ends the listening thread, which closes the other end
+        # `on_signal` may hold the last reference to tensors; freed by a thread while the interpreter ends, they abort the process.
+        self._listener.join()
 
     def __enter__(self) -> StopRequest:
         self.install()

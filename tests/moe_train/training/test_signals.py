@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def test_a_signal_is_a_reason_and_handlers_come_back(number):
         time.sleep(0)
         assert stop.reason() == f"signal {number.name}"
     assert signal.getsignal(number) is before
+
+
+def test_nothing_is_left_of_it():
+    """A thread that outlives the run may free the run's tensors while the interpreter ends, which aborts the process."""
+    with StopRequest(on_signal=print) as stop:
+        assert any(thread.name == "signals" for thread in threading.enumerate())
+    assert not any(thread.name == "signals" for thread in threading.enumerate())
+    stop.restore()  # once more does no harm
 
 
 def test_file_and_time_limit(tmp_path):
