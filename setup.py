@@ -37,12 +37,13 @@ REQUIREMENTS = [
 EXTRAS = {
     "export": ["transformers>=5.0", "safetensors>=0.4"],  # to and from Hugging Face
     "data": ["pyarrow>=14.0"],  # raw text in .parquet and .arrow
+    "s3": ["s3fs>=2024.2"],  # corpora on an object store
     "gpu": ["transformer-engine[pytorch]>=2.9"],  # FP8 and fused kernels
     "deepspeed": ["deepspeed>=0.15"],  # its CPU Adam, for optimizer offload
-    "test": ["pytest>=8.0", "hypothesis>=6.100", "pyarrow>=14.0"],
+    "test": ["pytest>=8.0", "hypothesis>=6.100", "pyarrow>=14.0", "s3fs>=2024.2", "moto[server]>=5.0"],
 }
 EXTRAS["all"] = sorted(
-    {*EXTRAS["export"], *EXTRAS["data"], *EXTRAS["test"]}
+    {*EXTRAS["export"], *EXTRAS["data"], *EXTRAS["s3"], *EXTRAS["test"]}
 )  # what works on any machine; gpu and deepspeed compile
 
 setup(

@@ -1,7 +1,7 @@
 """What is known of a source's shards from an earlier start, so that opening ten thousand of them takes seconds.
 
 For each shard: what its .idx says, its fingerprint, and whether its tokens were hashed and found to be what the
-manifest says; good as long as sizes and modification times of both files stay. Kept in ``$MOE_TRAIN_CACHE`` (default:
+manifest says; good as long as sizes and modification times (etags, on an object store) of both files stay. Kept in ``$MOE_TRAIN_CACHE`` (default:
 ``~/.cache/moe-train``), one file a source; a cache that cannot be read or written is done without.
 
 Hashing terabytes would keep a job waiting. So each start hashes at most `verify_bytes()` of what is not known yet, in
@@ -23,13 +23,15 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.errors import DamagedDataError, DataError
+from data_pipeline import storage
+from data_pipeline.errors import DamagedDataError
 from data_pipeline.units import parse_count
 
 _FORMAT = 1
 _WORTH_SHARDS, _WORTH_BYTES = 64, 1 << 26  # smaller sources are opened and hashed faster than looked up
 _TOGETHER_SECONDS = 600.0  # starts within it count as one
 _THREADS = 8
+_PIECE = 1 << 23
 
 
 def verify_bytes() -> int:
@@ -42,13 +44,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOE_TRAIN_CACHE") or Path.home() / ".cache" / "moe-train")
 
 
-def stamp(prefix: str) -> list[int]:
-    """Sizes and modification times of a shard's two files. Raises DataError when one is missing."""
-    try:
-        stats = [os.stat(prefix + end) for end in (".bin", ".idx")]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the path") from None
-    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+def stamp(prefix: str) -> list[int | str]:
+    """Size and version (modification time or etag) of a shard's two files. Raises DataError when one is missing."""
+    return [value for end in (".bin", ".idx") for value in storage.facts(prefix + end)]
 
 
 class Catalogue:
@@ -71,7 +69,7 @@ class Catalogue:
             except (OSError, ValueError, KeyError, TypeError):
                 pass
 
-    def get(self, prefix: str, now: list[int]) -> dict[str, Any] | None:
+    def get(self, prefix: str, now: list[int | str]) -> dict[str, Any] | None:
         """What is known of a shard whose files are as `now` says."""
         entry = self.entries.get(prefix)
         return entry if entry is not None and entry["stamp"] == now else None
@@ -145,20 +143,20 @@ def catalogue_of(prefixes: Iterable[str]) -> Iterator[Catalogue]:
 def _path(prefixes: list[str]) -> Path | None:
     """Where the catalogue of these shards is; None when it is not worth having, or cannot be had."""
     try:
-        size = sum(os.path.getsize(prefix + ".bin") for prefix in prefixes[:_WORTH_SHARDS])
+        size = sum(storage.facts(prefix + ".bin")[0] for prefix in prefixes[:_WORTH_SHARDS])
         if len(prefixes) < _WORTH_SHARDS and size < _WORTH_BYTES:
             return None
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):
         return None
-    name = xxhash.xxh3_128_hexdigest("\n".join(map(os.path.abspath, prefixes)).encode())
+    name = xxhash.xxh3_128_hexdigest("\n".join(storage.absolute(prefix, ".") for prefix in prefixes).encode())
     return folder / f"shards-{name}.json"
 
 
 def _hash(prefix: str) -> str:
-    digest = xxhash.xxh3_128()
-    with open(prefix + ".bin", "rb", buffering=0) as file:
-        while block := file.read(1 << 23):
-            digest.update(block)
+    digest, place, path = xxhash.xxh3_128(), 0, prefix + ".bin"
+    while block := storage.read(path, place, _PIECE):
+        digest.update(block)
+        place += len(block)
     return digest.hexdigest()

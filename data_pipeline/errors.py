@@ -13,3 +13,9 @@ class DamagedDataError(DataError):
     """A file is not what its own header or its manifest says: cut short, overwritten or corrupted."""
 
     exit_code = 4
+
+
+class StoreError(DataError):
+    """An object store did not answer, however often it was asked: start again when it does."""
+
+    exit_code = 5

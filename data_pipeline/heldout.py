@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipeline import storage
 from data_pipeline.errors import DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import HELDOUT, MixtureConfig
-from data_pipeline.sources import Manifests
+from data_pipeline.sources import Manifests, manifest_file
 
 
 class HeldOut:
@@ -62,19 +62,21 @@ class HeldOut:
 def open_heldout(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[str, HeldOut]:
     """The held-out text of every source that has any (``PREFIX.heldout.bin`` by a shard), by name."""
     found = {}
+    storage.forget()
     for name in mixture.sources:
-        prefixes = mixture.shards(name)
-        shards = [
-            IndexedReader(prefix + HELDOUT)
-            for prefix in prefixes
-            if os.path.exists(prefix + HELDOUT + ".bin")
-        ]
+        prefixes, manifests, shards = mixture.shards(name), Manifests(), []
+        for prefix in prefixes:
+            path = prefix + HELDOUT + ".bin"
+            if storage.exists(path):
+                manifest = manifests.of(prefix)
+                shards.append(IndexedReader(path, entry=manifest_file(manifest, path) if manifest else None))
         if any(shard.num_tokens for shard in shards):
-            found[name] = HeldOut(name, shards, mixture.sequence_length, source_entropy(prefixes), vocab_size)
+            entropy = source_entropy(prefixes, manifests)
+            found[name] = HeldOut(name, shards, mixture.sequence_length, entropy, vocab_size)
     return found
 
 
-def source_entropy(prefixes: Sequence[str]) -> float | None:
+def source_entropy(prefixes: Sequence[str], manifests: Manifests) -> float | None:
     """Unigram entropy of the training text of several shards, nats per token; None when a manifest is
     missing.
 
@@ -82,7 +84,6 @@ def source_entropy(prefixes: Sequence[str]) -> float | None:
     several.
     """
     weights, values = [], []
-    manifests = Manifests()
     for prefix in prefixes:
         split = ((manifests.of(prefix) or {}).get("splits") or {}).get("train")
         if split is None:

@@ -9,14 +9,18 @@ Files written here open in megatron-core's IndexedDataset, and its own files ope
 
 from __future__ import annotations
 
+import base64
 import os
 import struct
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_pipeline import storage
 from data_pipeline.errors import DamagedDataError, DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -32,6 +36,7 @@ DTYPES: dict[int, type[np.integer]] = {
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
 _LARGEST_DOCUMENT = 2**31 - 1
+_BLOCK_BYTES = 1 << 20  # each has a hash of its own in the manifest
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -46,33 +51,40 @@ def prefix_of(path: str | os.PathLike[str]) -> str:
 
 
 class IndexedReader:
-    """One shard as a flat stream of tokens. Opening reads a few dozen bytes; the tokens are mapped at the
-    first read.
+    """One shard as a flat stream of tokens, on this machine or on an object store. Opening reads a few dozen bytes; the
+    tokens are mapped, or fetched by blocks, at the first read.
 
-    Attributes: ``prefix``, ``dtype``, ``num_tokens``, ``num_sequences``, ``num_documents``.
+    Attributes: ``prefix``, ``dtype``, ``num_tokens``, ``num_sequences``, ``num_documents``, ``remote``.
 
     Raises DataError when a file is missing, DamagedDataError when the two files do not agree.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], known: list[int] | None = None) -> None:
-        """Open a shard; `known` is what `facts` gave for the same files before: then nothing is read."""
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        known: list[int] | None = None,
+        entry: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open a shard.
+
+        Args:
+            known: what `facts` gave for the same files before: then nothing is read.
+            entry: what the manifest says of the .bin; a remote one is checked by it, block by block.
+        """
         self.prefix = prefix_of(prefix)
-        self._tokens: np.ndarray | None = None
+        self.remote = storage.is_remote(self.prefix)
+        self._entry = entry
+        self._object = storage.facts(self.prefix + ".bin") if self.remote else None  # this version, whatever comes
+        self._tokens: Any = None
         self._starts: np.ndarray | None = None
         if known is not None:
             code, self.num_tokens, self.num_sequences, self.num_documents = known
             self.dtype = np.dtype(DTYPES[code])
             return
         index, tokens = self.prefix + ".idx", self.prefix + ".bin"
-        try:
-            with open(index, "rb") as file:
-                header = file.read(_HEADER.size)
-                size = os.fstat(file.fileno()).st_size
-                self._read_header(header, index, size)
-                end = self._last_byte(file)
-            bin_size = os.stat(tokens).st_size
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the path") from None
+        (size, _), (bin_size, _) = storage.facts(index), storage.facts(tokens)
+        self._read_header(storage.read(index, 0, _HEADER.size), index, size)
+        end = self._last_byte(index)
         if end != bin_size or bin_size % self.dtype.itemsize:
             raise DamagedDataError(
                 f"{tokens}: holds {bin_size} bytes but its .idx describes {end}; it was cut short "
@@ -84,6 +96,13 @@ class IndexedReader:
     def facts(self) -> list[int]:
         """Four numbers that stand for what opening the shard found out."""
         return [_CODES[self.dtype], self.num_tokens, self.num_sequences, self.num_documents]
+
+    @staticmethod
+    def facts_of(dtype: str, bin_bytes: int, idx_bytes: int) -> list[int]:
+        """`facts` of a shard that IndexedWriter wrote, by the sizes of its files."""
+        kind = np.dtype(dtype)
+        documents = (idx_bytes - _HEADER.size - 8) // 20
+        return [_CODES[kind], bin_bytes // kind.itemsize, documents, documents]
 
     def _read_header(self, header: bytes, index: str, size: int) -> None:
         if len(header) < _HEADER.size or header[:9] != MAGIC:
@@ -105,19 +124,17 @@ class IndexedReader:
                 f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again"
             )
 
-    def _last_byte(self, file) -> int:
+    def _last_byte(self, index: str) -> int:
         """Where the last sequence ends in the .bin file, from two reads of the index."""
         count = self.num_sequences
         if not count:
             return 0
-        file.seek(_HEADER.size + (count - 1) * 4)
-        (length,) = struct.unpack("<i", file.read(4))
-        file.seek(_HEADER.size + count * 4 + (count - 1) * 8)
-        (pointer,) = struct.unpack("<q", file.read(8))
+        (length,) = struct.unpack("<i", storage.read(index, _HEADER.size + (count - 1) * 4, 4))
+        (pointer,) = struct.unpack("<q", storage.read(index, _HEADER.size + count * 4 + (count - 1) * 8, 8))
         return pointer + length * self.dtype.itemsize
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the flat stream: a read-only view of the mapped file."""
+        """Tokens [start, start + count) of the flat stream, read-only: of a local file a view of its mapping."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(
                 f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}"
@@ -125,23 +142,36 @@ class IndexedReader:
         if self._tokens is None:
             if not self.num_tokens:
                 return np.empty(0, self.dtype)
-            mapped = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
-            self._tokens = mapped.view(np.ndarray)  # slices of a memmap cost several times as much
+            self._tokens = self._remote_tokens() if self.remote else self._mapped_tokens()
         return self._tokens[start : start + count]
+
+    def expect(self, start: int, count: int) -> None:
+        """Begin to fetch tokens that will be read soon, where fetching takes time."""
+        if self.remote:
+            self._tokens = self._tokens or self._remote_tokens()
+            self._tokens.expect(start, start + count)
+
+    def _mapped_tokens(self) -> np.ndarray:
+        mapped = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+        return mapped.view(np.ndarray)  # slices of a memmap cost several times as much
+
+    def _remote_tokens(self) -> Any:
+        from data_pipeline.remote import RemoteTokens
+
+        size, version = self._object
+        return RemoteTokens(self.prefix + ".bin", self.dtype, size, str(version), self._entry)
 
     @property
     def document_starts(self) -> np.ndarray:
         """int64[num_documents + 1]: where each document begins in the flat stream; the end of the last."""
         if self._starts is None:
-            offset = _HEADER.size + self.num_sequences * 4
             if not self.num_documents:
                 self._starts = np.zeros(1, np.int64)
                 return self._starts
-            pointers = np.memmap(self.prefix + ".idx", "<i8", "r", offset, (self.num_sequences,))
-            documents = np.memmap(
-                self.prefix + ".idx", "<i8", "r", offset + self.num_sequences * 8, (self.num_documents + 1,)
-            )
-            bounds = np.append(np.asarray(pointers), self.num_tokens * self.dtype.itemsize)
+            offset = _HEADER.size + self.num_sequences * 4
+            index = storage.read(self.prefix + ".idx", offset, self.num_sequences * 8 + (self.num_documents + 1) * 8)
+            pointers, documents = np.split(np.frombuffer(index, "<i8"), [self.num_sequences])
+            bounds = np.append(pointers, self.num_tokens * self.dtype.itemsize)
             self._starts = bounds[documents] // self.dtype.itemsize
         return self._starts
 
@@ -153,6 +183,32 @@ class IndexedReader:
     def document_at(self, token: int) -> int:
         """The number of the document that holds token `token` of the flat stream."""
         return int(np.searchsorted(self.document_starts, token, side="right")) - 1
+
+
+class BlockDigests:
+    """xxh3-64 of each mebibyte of a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._finished = array("Q")
+        self._current, self._filled = xxhash.xxh3_64(), 0
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes."""
+        view = memoryview(data)
+        while len(view):
+            part = view[: _BLOCK_BYTES - self._filled]
+            self._current.update(part)
+            self._filled += len(part)
+            if self._filled == _BLOCK_BYTES:
+                self._finished.append(self._current.intdigest())
+                self._current, self._filled = xxhash.xxh3_64(), 0
+            view = view[len(part) :]
+
+    def describe(self) -> dict[str, int | str]:
+        """For the manifest: the size of a block, and the hashes (little-endian, base64: a large corpus has millions)."""
+        last = [self._current.intdigest()] if self._filled else []
+        hashes = np.array([*self._finished, *last], "<u8")
+        return {"bytes": _BLOCK_BYTES, "xxh3_64": base64.b64encode(hashes.tobytes()).decode()}
 
 
 class IndexedWriter:
@@ -172,7 +228,7 @@ class IndexedWriter:
         if self.dtype not in _CODES:
             raise DataError(f"{self.dtype} cannot be written to a .bin file; use uint16 or int32")
         self.num_tokens = 0
-        self._digest = xxhash.xxh3_128()
+        self._digest, self._blocks = xxhash.xxh3_128(), BlockDigests()
         self._lengths = array("i")
         self._limits = np.iinfo(self.dtype)
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +254,7 @@ class IndexedWriter:
         data = np.ascontiguousarray(ids, self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
+        self._blocks.update(data)
         self._lengths.extend(int(length) for length in lengths)
         self.num_tokens += len(ids)
 
@@ -205,8 +262,9 @@ class IndexedWriter:
     def num_documents(self) -> int:
         return len(self._lengths)
 
-    def finish(self) -> dict[str, dict[str, int | str]]:
-        """Write the index, flush both partial files; ``{path: {bytes, xxh3_128}}`` by final name."""
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Write the index, flush both partial files; ``{path: {bytes, xxh3_128}}`` by final name. The .bin has
+        ``blocks`` besides: the hash of each of its blocks, for those who read it by ranges."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -227,7 +285,11 @@ class IndexedWriter:
             os.fsync(file.fileno())
         size = self.num_tokens * self.dtype.itemsize
         return {
-            self.prefix + ".bin": {"bytes": size, "xxh3_128": self._digest.hexdigest()},
+            self.prefix + ".bin": {
+                "bytes": size,
+                "xxh3_128": self._digest.hexdigest(),
+                "blocks": self._blocks.describe(),
+            },
             self.prefix + ".idx": {"bytes": len(index), "xxh3_128": xxhash.xxh3_128_hexdigest(index)},
         }
 

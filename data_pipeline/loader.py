@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Union
@@ -91,7 +92,7 @@ class Loader:
 
     def _read(self) -> None:
         try:
-            for plan in self._plans():
+            for plan in self._announced(self._plans()):
                 if not self._put(self.stream.read(plan)):
                     return
             self._put(_END)
@@ -105,6 +106,18 @@ class Loader:
             plan = self.stream.plan(np.concatenate(some))
             for first in range(0, len(plan.starts), self.micro_batch_size):
                 yield plan.part(first, first + self.micro_batch_size)
+
+    def _announced(self, plans: Iterator[Plan]) -> Iterator[Plan]:
+        """The same plans, each announced to the stream a good while before it is read."""
+        ahead = self.stream.ahead // self.micro_batch_size
+        waiting: deque[Plan] = deque()
+        for plan in plans:
+            if self.stream.ahead:
+                self.stream.expect(plan)
+            waiting.append(plan)
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():

@@ -12,7 +12,7 @@
 
 Weights are relative, and taken as written (39.8 is 199/5). One phase may ask for ``tokens: rest`` when
 `total_tokens` is given. Paths are relative to the mixture file; a path is a ``.bin`` file, its prefix, or a
-pattern. ``*.heldout.bin`` is never training data.
+pattern, of this machine or of an object store (``s3://bucket/web/*.bin``). ``*.heldout.bin`` is never training data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -37,6 +37,7 @@ from pydantic import (
 
 from data_pipeline.errors import DataError
 from data_pipeline.indexed import prefix_of
+from data_pipeline.storage import absolute, find, is_remote
 from data_pipeline.units import parse_count
 from data_pipeline.yaml_marks import Document, PlacedError, read_yaml, suggestion, validate
 
@@ -114,7 +115,7 @@ class MixtureConfig(_Part):
             return data
         data = dict(data)
         if isinstance(data.get("tokenizer"), str):
-            data["tokenizer"] = _absolute(data["tokenizer"], base)
+            data["tokenizer"] = absolute(data["tokenizer"], base)
         if isinstance(data.get("sources"), dict):
             data["sources"] = {
                 name: _resolved_source(source, base) for name, source in data["sources"].items()
@@ -200,8 +201,8 @@ class MixtureConfig(_Part):
     def shards(self, name: str) -> list[str]:
         """The prefixes of a source's shards, in order. Raises DataError when a path leads to nothing."""
         prefixes: list[str] = []
-        for path in self.sources[name].paths:
-            found = expand(path)
+        paths = self.sources[name].paths
+        for path, found in zip(paths, expand(paths), strict=True):
             if not found:
                 raise DataError(f"source {name!r}: {_nothing_at(path)}")
             prefixes += found
@@ -226,13 +227,12 @@ class MixtureConfig(_Part):
         return file_fingerprint(self.tokenizer)
 
 
-def expand(path: str) -> list[str]:
-    """The shards that `path` (.bin, prefix or pattern) stands for, sorted; held-out ones never match."""
-    if glob.has_magic(path) and not os.path.exists(path):
-        found = [prefix_of(match) for match in glob.glob(path, recursive=True) if match.endswith(".bin")]
-    else:
-        found = [prefix_of(path)] if os.path.exists(prefix_of(path) + ".bin") else []
-    return sorted(prefix for prefix in set(found) if not prefix.endswith(HELDOUT))
+def expand(paths: Sequence[str]) -> list[list[str]]:
+    """The shards that each of `paths` (.bin, prefix or pattern) stands for, sorted; held-out ones never match."""
+    patterns = [glob.has_magic(path) and (is_remote(path) or not os.path.exists(path)) for path in paths]
+    files = [p if pattern else prefix_of(p) + ".bin" for p, pattern in zip(paths, patterns, strict=True)]
+    shards = [[prefix_of(file) for file in found if file.endswith(".bin")] for found in find(files)]
+    return [[prefix for prefix in found if not prefix.endswith(HELDOUT)] for found in shards]
 
 
 def _nothing_at(path: str) -> str:
@@ -257,13 +257,9 @@ def check_mixture(document: Document, base: str | os.PathLike[str] = ".") -> Mix
     return validate(MixtureConfig, document, context={"base": str(base)})
 
 
-def _absolute(path: str, base: str) -> str:
-    return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
-
-
 def _resolved_source(source: Any, base: str) -> Any:
     if not isinstance(source, dict) or not isinstance(source.get("paths"), list):
         return source
     return source | {
-        "paths": [_absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]
+        "paths": [absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]
     }

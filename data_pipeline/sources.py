@@ -1,4 +1,4 @@
-"""A source: one corpus on disk, any number of shards, read in windows of sequence_length + 1 tokens.
+"""A source: one corpus, any number of shards on disk or on an object store, read in windows of sequence_length + 1 tokens.
 
 With T tokens in all and sequences of S tokens, every epoch has W = floor((T - 1) / S) windows. Window w of an
 epoch starts at token (shift + w * S) mod T, wrapping at the end, with the shift drawn for each epoch: so
@@ -12,22 +12,24 @@ import bisect
 import json
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from data_pipeline import order
-from data_pipeline.catalogue import catalogue_of, stamp
+from data_pipeline import order, storage
+from data_pipeline.catalogue import Catalogue, catalogue_of, stamp
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import MixtureConfig
 
 _SHARD = re.compile(r"(.*)-\d{5}", re.DOTALL)
-_SAMPLED_BLOCKS, _BLOCK = 64, 4096
+_SAMPLED_BLOCKS, _BLOCK = 16, 4096
+_THREADS, _FEW_SHARDS = 16, 64
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:
@@ -101,6 +103,16 @@ class Source:
             filled += len(piece)
             token = (token + len(piece)) % self.num_tokens
 
+    def expect_window(self, start: int) -> None:
+        """Begin to fetch the window at token `start`, as far as it is on an object store."""
+        left, token = self.sequence_length + 1, start
+        while left:
+            shard, offset = self._place(token)
+            count = min(left, shard.num_tokens - offset)
+            shard.expect(offset, count)
+            left -= count
+            token = (token + count) % self.num_tokens
+
     def _check(self, shard: IndexedReader, offset: int, piece: np.ndarray) -> None:
         """Refuse ids outside the vocabulary, in the dtype of the file: that is cheaper than in int64."""
         unsigned = piece.dtype.kind == "u"
@@ -145,33 +157,50 @@ def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[
 
         vocab_size = load_tokenizer(mixture.tokenizer).vocab_size
     tokenizer = mixture.tokenizer_fingerprint()
-    return {name: _open_source(mixture, name, vocab_size, tokenizer) for name in mixture.sources}
+    names = list(mixture.sources)
+    storage.forget()
+    remote = any(storage.is_remote(path) for source in mixture.sources.values() for path in source.paths)
+    opened = _together(lambda name: _open_source(mixture, name, vocab_size, tokenizer), names, 1 if remote else None)
+    return dict(zip(names, opened, strict=True))
+
+
+def _together(call: Any, items: Sequence[str], worth: int | None) -> Iterable[Any]:
+    """`call` of each item, in order; by threads where there are more than `worth`: each waits for files, or a store."""
+    if worth is None or len(items) <= worth:
+        return map(call, items)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(call, items))
+
+
+class _Opened(NamedTuple):
+    """A shard, what its manifest says of it, and what the catalogue is to remember."""
+
+    shard: IndexedReader
+    manifest: dict[str, Any] | None
+    entry: dict[str, Any] | None
+    known: dict[str, Any]
 
 
 def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, tokenizer: str | None) -> Source:
     shards, digest, hashes = [], xxhash.xxh3_128(), {}
-    prefixes, manifests = mixture.shards(name), Manifests()
     try:
+        prefixes, manifests = mixture.shards(name), Manifests()
         with catalogue_of(prefixes) as catalogue:
-            for prefix in prefixes:
-                now = stamp(prefix)
-                known = catalogue.get(prefix, now)
-                shard = IndexedReader(prefix, known["facts"] if known else None)
-                manifest = manifests.of(prefix)
-                if manifest is not None:
-                    _check_manifest(
-                        name, shard, manifest, vocab_size, mixture.tokenizer if tokenizer else None, tokenizer
-                    )
-                    hashes[prefix] = manifest_file(manifest, prefix + ".bin")["xxh3_128"]
-                if known is None:
-                    fingerprint = shard_fingerprint(shard, manifest)
-                    known = {"stamp": now, "facts": shard.facts, "fingerprint": fingerprint, "verified": None}
-                    catalogue.put(prefix, known)
-                elif prefix in hashes:  # the manifest may be another one than then
-                    known["fingerprint"] = shard_fingerprint(shard, manifest)
-                digest.update(known["fingerprint"].encode())
-                if shard.num_tokens:
-                    shards.append(shard)
+            for prefix, opened in zip(
+                prefixes,
+                _together(lambda prefix: _open_shard(prefix, catalogue, manifests), prefixes, _FEW_SHARDS),
+                strict=True,
+            ):
+                if opened.manifest is not None:
+                    made_with = mixture.tokenizer if tokenizer else None
+                    _check_manifest(name, opened.shard, opened.manifest, vocab_size, made_with, tokenizer)
+                    if not (opened.shard.remote and "blocks" in opened.entry):  # else checked block by block
+                        hashes[prefix] = opened.entry["xxh3_128"]
+                if catalogue.entries.get(prefix) is not opened.known:
+                    catalogue.put(prefix, opened.known)
+                digest.update(opened.known["fingerprint"].encode())
+                if opened.shard.num_tokens:
+                    shards.append(opened.shard)
             catalogue.verify(hashes)
     except DataError as error:
         if str(error).startswith("source "):
@@ -190,19 +219,37 @@ def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, toke
     )
 
 
+def _open_shard(prefix: str, catalogue: Catalogue, manifests: Manifests) -> _Opened:
+    now = stamp(prefix)
+    known, manifest = catalogue.get(prefix, now), manifests.of(prefix)
+    entry = manifest_file(manifest, prefix + ".bin") if manifest else None
+    facts = known["facts"] if known else None
+    if facts is None and entry is not None and storage.is_remote(prefix):
+        facts = remote_facts(prefix, manifest, entry)
+    shard = IndexedReader(prefix, facts, entry)
+    if known is None:
+        fingerprint = shard_fingerprint(shard, entry, now)
+        known = {"stamp": now, "facts": shard.facts, "fingerprint": fingerprint, "verified": None}
+    elif entry is not None:  # the manifest may be another one than then
+        known["fingerprint"] = shard_fingerprint(shard, entry, now)
+    return _Opened(shard, manifest, entry, known)
+
+
 class Manifests:
-    """Manifests by shard; one that ten thousand shards share is read once."""
+    """Manifests by shard; one that ten thousand shards share is read once. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._read: dict[str, dict[str, Any] | None] = {}
+        self._lock = threading.Lock()
 
     def of(self, prefix: str) -> dict[str, Any] | None:
         """`read_manifest` of the shard."""
-        own, together = os.path.exists(prefix + ".manifest.json"), _SHARD.fullmatch(prefix)
-        key = prefix if own or not together else together[1]
-        if key not in self._read:
-            self._read[key] = read_manifest(key)
-        return self._read[key]
+        together = _SHARD.fullmatch(prefix)
+        key = together[1] if together and not storage.exists(prefix + ".manifest.json") else prefix
+        with self._lock:
+            if key not in self._read:
+                self._read[key] = read_manifest(key)
+            return self._read[key]
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
@@ -211,45 +258,68 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     It is ``PREFIX.manifest.json``; the shards ``CORPUS-00000``, ``CORPUS-00001``, ... have ``CORPUS.manifest.json``
     together.
     """
-    path = Path(prefix + ".manifest.json")
+    path = prefix + ".manifest.json"
     together = _SHARD.fullmatch(prefix)
-    if together and not path.exists():
-        path = Path(together[1] + ".manifest.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if together and not storage.exists(path):
+        path = together[1] + ".manifest.json"
+    if not storage.exists(path):
         return None
-    except (OSError, ValueError) as error:
+    data = storage.read(path)
+    try:
+        return json.loads(data)
+    except ValueError as error:
         raise DamagedDataError(f"{path}: cannot be read ({error}); prepare the corpus again") from None
 
 
 def manifest_file(manifest: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """What a manifest says about one file (bytes, xxh3_128), by the file's name."""
+    """What a manifest says about one file (bytes, xxh3_128, blocks), by the file's name."""
     for split in manifest.get("splits", {}).values():
         if os.path.basename(path) in split.get("files", {}):
             return split["files"][os.path.basename(path)]
     return None
 
 
-def shard_fingerprint(shard: IndexedReader, manifest: dict[str, Any] | None) -> str:
-    """What identifies a shard's content: its hash from the manifest, else sizes and a hash of blocks spread
-    over both files.
+def remote_facts(prefix: str, manifest: dict[str, Any], entry: dict[str, Any]) -> list[int] | None:
+    """`IndexedReader.facts` by the manifest alone: ten thousand remote shards are opened without a read each.
 
-    The second form reads at most half a megabyte of a file of any size; it tells corpora apart, and is no
-    proof against damage.
+    Raises DamagedDataError when an object has another size than the manifest says. None when it says too little.
     """
-    recorded = manifest_file(manifest, shard.prefix + ".bin") if manifest else None
-    if recorded:
-        return f"{recorded['xxh3_128']}:{shard.num_tokens}"
+    index = manifest_file(manifest, prefix + ".idx")
+    if index is None or "dtype" not in manifest:
+        return None
+    for end, recorded in ((".bin", entry), (".idx", index)):
+        _check_size(prefix + end, storage.facts(prefix + end)[0], recorded)
+    return IndexedReader.facts_of(manifest["dtype"], entry["bytes"], index["bytes"])
+
+
+def shard_fingerprint(shard: IndexedReader, entry: dict[str, Any] | None, version: Sequence[int | str]) -> str:
+    """What identifies a shard's content: its hash from the manifest, else its etags (`version`, of a remote one), else
+    sizes and a hash of blocks spread over both files.
+
+    The last form reads at most 64 KB of a file of any size; it tells corpora apart, and is no proof against damage.
+    """
+    if entry is not None:
+        return f"{entry['xxh3_128']}:{shard.num_tokens}"
     digest = xxhash.xxh3_128(f"{shard.dtype}:{shard.num_tokens}:{shard.num_sequences}".encode())
+    if shard.remote:
+        digest.update(json.dumps(version).encode())
+        return digest.hexdigest()
     for path in (shard.prefix + ".bin", shard.prefix + ".idx"):
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            places = range(_SAMPLED_BLOCKS) if size > _SAMPLED_BLOCKS * _BLOCK else [0]
-            for place in places:
-                file.seek(place * (size - _BLOCK) // (_SAMPLED_BLOCKS - 1) if len(places) > 1 else 0)
-                digest.update(file.read(_BLOCK if len(places) > 1 else size))
+        with open(path, "rb", buffering=0) as file:
+            if size <= _SAMPLED_BLOCKS * _BLOCK:
+                digest.update(file.read())
+                continue
+            for place in range(_SAMPLED_BLOCKS):
+                digest.update(os.pread(file.fileno(), _BLOCK, place * (size - _BLOCK) // (_SAMPLED_BLOCKS - 1)))
     return digest.hexdigest()
+
+
+def _check_size(path: str, size: int, recorded: dict[str, Any]) -> None:
+    if recorded["bytes"] != size:
+        raise DamagedDataError(
+            f"{path} has {size} bytes, its manifest says {recorded['bytes']}; copy or prepare it again"
+        )
 
 
 def _check_manifest(
@@ -266,11 +336,11 @@ def _check_manifest(
         raise DataError(
             f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again"
         )
-    size = shard.num_tokens * shard.dtype.itemsize
-    if recorded["bytes"] != size:
+    _check_size(path, shard.num_tokens * shard.dtype.itemsize, recorded)
+    if manifest.get("dtype") not in (None, str(shard.dtype)):
         raise DamagedDataError(
-            f"source {name!r}: {path} has {size} bytes, its manifest says {recorded['bytes']}; "
-            "prepare it again"
+            f"{shard.prefix}.idx says that tokens are {shard.dtype}, its manifest says {manifest['dtype']}; "
+            "copy or prepare it again"
         )
     highest = manifest.get("max_token_id")
     if vocab_size is not None and highest is not None and highest >= vocab_size:

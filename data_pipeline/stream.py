@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from data_pipeline import order
 from data_pipeline.errors import DataError
 from data_pipeline.ledger import Consumption, Ledger
 from data_pipeline.sources import Source
+
+_MOST_AHEAD = 512
 
 
 class Location(NamedTuple):
@@ -97,6 +100,22 @@ class SampleStream:
         keys = self.ledger.source_keys[place.source]
         starts = order.shifts(keys, place.epoch, self.sequence_length) + place.window * self.sequence_length
         return Plan(place.source.tolist(), starts.tolist())
+
+    @cached_property
+    def ahead(self) -> int:
+        """How many samples should be announced by `expect` before they are read; 0 where all is on this machine."""
+        if not any(shard.remote for source in self.sources.values() for shard in source.shards):
+            return 0
+        from data_pipeline.remote import blocks
+
+        return min(_MOST_AHEAD, blocks().ahead)
+
+    def expect(self, plan: Plan) -> None:
+        """Begin to fetch the samples of a plan, as far as they are on an object store."""
+        for source, start in zip(plan.sources, plan.starts, strict=True):
+            opened = self.sources.get(self.ledger.names[source])
+            if opened is not None:
+                opened.expect_window(start % opened.num_tokens)
 
     def read(self, plan: Plan) -> np.ndarray:
         """int64[len(plan.starts), S + 1]: the samples of a plan, in its order; raises as `samples` does."""

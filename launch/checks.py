@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.mixture import MixtureConfig
+from data_pipeline.storage import is_remote
 from launch.cluster import Container
 from launch.job import Job
 from launch.lead import checkpoint_bytes
@@ -57,6 +58,8 @@ def seen_from_here(config: RunConfig, container: Container | None) -> RunConfig:
 
 
 def _host(path: str, container: Container) -> str:
+    if is_remote(path):
+        return path
     found = outside(path, container)
     if found is not None:
         return found
