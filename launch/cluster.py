@@ -80,6 +80,19 @@ class Container(Section):
         return mounts
 
 
+class PreflightConfig(Section):
+    """What every node is looked at for before each start."""
+
+    timeout: Seconds = 180.0
+    """How long a node may take to answer, and a test of the network to end."""
+    free_gigabytes: float = Field(1.0, ge=0)
+    """What the run's folder and the node's scratch must have."""
+    clock_skew: Seconds = 5.0
+    """How far a node's clock may be off the others'."""
+    gigabytes_per_second: float | None = Field(None, gt=0)
+    """Bus bandwidth that an all-reduce over all ranks must reach; null: it is measured and not judged."""
+
+
 class ClusterConfig(Section):
     """A cluster: what its controller wants to hear, and what a process finds on its nodes."""
 
@@ -117,8 +130,11 @@ class ClusterConfig(Section):
     scratch: AbsolutePath | None = None
     """A node's own disk: TMPDIR of the ranks."""
 
+    preflight: PreflightConfig | None = PreflightConfig()
+    """null: the nodes are not looked at."""
+
     alert_command: Line | None = None
-    """A command line that gets one more argument, a message, when a run stops, fails or goes on."""
+    """A command line that gets one more argument, a message, when a run stops, fails, stalls or goes on."""
     alert_webhook: Annotated[str, AfterValidator(_url)] | None = None
     """A URL that gets ``{"text": message}`` by POST, as chat programs take it."""
 

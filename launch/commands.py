@@ -28,6 +28,7 @@ def slurm(
     nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes, instead of launch.nodes.")] = None,
     time: Annotated[Optional[str], typer.Option(metavar="T", help="Time limit, such as 12h or 2-00:00:00.")] = None,
     chain: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs in a row; each goes on where the last stopped.")] = 1,
+    spares: Annotated[int, typer.Option(min=0, metavar="N", help="Nodes beyond those, for when some turn out unfit.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
 ) -> None:
     """Check a run, submit it to Slurm, and have it requeue itself until it is complete.
@@ -39,7 +40,7 @@ def slurm(
     """
     from launch.slurm import launch
 
-    launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, dry_run=dry_run)
+    launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, spares=spares, dry_run=dry_run)
 
 
 @app.command("local", context_settings=OVERRIDES)

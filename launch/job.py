@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.cluster import ClusterConfig, load_cluster
 from launch.lead import lead_seconds
 from launch.mounts import inside
+from launch.node import Settings
 from moe_train.config import RunConfig, load_run
 from moe_train.config_file import find_config
 from moe_train.errors import UserError
@@ -36,6 +37,8 @@ class Job:
     lead: int
     """Seconds before the limit at which the run is asked to save."""
     chain: int
+    spares: int
+    """Nodes that are allocated beyond `nodes`, to take the place of unfit ones."""
     submit_dir: Path
     strict: bool = True
     """False: a path that no mount brings into the container is written as it is, for somebody to read."""
@@ -88,6 +91,25 @@ class Job:
         overrides = [text for text in self.overrides if not _LAUNCHER.match(text)]
         return ["-m", "moe_train", "pretrain", run_file, f"output_dir={output}", "launch.cluster=null", *overrides]
 
+    def preflight(self) -> list[str]:
+        """What one task a node runs before the ranks; empty where the nodes are not to be looked at."""
+        wanted = self.cluster.preflight
+        if wanted is None:
+            return []
+        settings = Settings(
+            nodes=self.nodes + self.spares,
+            wanted=self.nodes,
+            ranks_per_node=self.cluster.ranks_per_node,
+            gpus=self.cluster.gpus_per_node,
+            notes=self.inside(self.notes),
+            disks=(self.inside(self.run_dir), self.cluster.scratch or "/tmp"),
+            free_gigabytes=wanted.free_gigabytes,
+            clock_skew=wanted.clock_skew,
+            gigabytes_per_second=wanted.gigabytes_per_second,
+            timeout=wanted.timeout,
+        )
+        return ["-m", "launch.preflight", settings.to_json()]
+
     def variables(self) -> dict[str, str]:
         """The environment variables that the run's YAML files name, with their values."""
         files = {self.run_file, Path(self.config.data.mixture)}
@@ -102,6 +124,7 @@ def load_job(
     nodes: int | None = None,
     time: str | None = None,
     chain: int = 1,
+    spares: int = 0,
     strict: bool = True,
 ) -> Job:
     """The job of the run file `run` on the cluster that it names.
@@ -121,6 +144,8 @@ def load_job(
     if not seconds or seconds < 60:
         raise UserError(f"{run}: launch.time is not set, or under a minute; add --time 12h")
     config.layout(nodes * cluster.ranks_per_node)
+    if spares and cluster.preflight is None:
+        raise UserError(f"--spares {spares}: {config.launch.cluster} has preflight: null, so nobody would know when to use them; remove that line")
     return Job(
         run_file=run_file,
         overrides=tuple(overrides),
@@ -130,6 +155,7 @@ def load_job(
         seconds=seconds,
         lead=lead_seconds(config, cluster, nodes, seconds),
         chain=chain,
+        spares=spares,
         submit_dir=Path.cwd(),
         strict=strict,
     )

@@ -28,7 +28,9 @@ def render(job: Job) -> str:
         "CHAIN": "1" if job.chain > 1 else "0",
         "ENVIRONMENT": "\n".join(environment(job)),
         "ALERTS": "\n".join(alerts(job)),
+        "STALL": str(math.ceil(job.config.faults.step_timeout / 2)),
         "CHECK": check_command(job),
+        "NODES": preflight(job),
         "LAUNCH": launch_command(job),
     }
     template = resources.files("launch").joinpath("job.sbatch").read_text(encoding="utf-8")
@@ -46,7 +48,7 @@ def directives(job: Job) -> list[str]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "reservation": cluster.reservation,
-        "nodes": job.nodes,
+        "nodes": job.nodes + job.spares,
         "ntasks-per-node": 1 if torchrun else cluster.ranks_per_node,
         "gpus-per-node": _gpus(job) if cluster.gpus_per_node else None,
         "cpus-per-task": (cluster.cpus_per_task or 0) * (cluster.ranks_per_node if torchrun else 1) or None,
@@ -96,6 +98,33 @@ def check_command(job: Job) -> str:
     return _lines(["srun --nodes=1 --ntasks=1", *_container(job), f"{shlex.quote(job.python)} {shlex.join([*job.command(), *check])}"])
 
 
+_PREFLIGHT = """\
+PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+export PREFLIGHT_NODES
+rm -f "$NOTES/good_nodes" "$NOTES/bad_nodes"
+{command} &
+await $!
+give_way
+BAD=$(paste -sd, "$NOTES/bad_nodes" 2>/dev/null)
+if [ -e "$NOTES/good_nodes" ]; then
+  if [ -n "$BAD" ]; then tell "unfit: $BAD; goes on with spare nodes"; fi
+  MASTER_ADDR=$(head -n 1 "$NOTES/good_nodes")
+elif [ -n "$BAD" ]; then leave_out "$BAD"
+else CODE=5 REASON='"the nodes could not be checked, or do not exchange data; see the log of the job"'
+fi
+"""
+
+
+def preflight(job: Job) -> str:
+    """Lines that look at the nodes; what they leave in the notes decides. Empty where they are not to be looked at."""
+    command = job.preflight()
+    if not command:
+        return ""
+    nodes, limit = job.nodes + job.spares, math.ceil(8 * job.cluster.preflight.timeout)
+    srun = f"timeout --kill-after=10 {limit} srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
+    return _PREFLIGHT.format(command=_lines([srun, *_container(job), f"{shlex.quote(job.python)} {shlex.join(command)}"]))
+
+
 def launch_command(job: Job) -> str:
     """The srun that starts the ranks."""
     cluster, python = job.cluster, shlex.quote(job.python)
@@ -104,7 +133,9 @@ def launch_command(job: Job) -> str:
             f" -m torch.distributed.run --nnodes={job.nodes} --nproc-per-node={cluster.ranks_per_node}"
             ' --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$RESTART"'
         )
-    return _lines(["srun --kill-on-bad-exit=1 --wait=60", *_container(job), f"{python} {shlex.join(job.command())}"])
+    tasks = 1 if cluster.launcher == "torchrun" else cluster.ranks_per_node
+    chosen = [f'--nodes={job.nodes} --ntasks={job.nodes * tasks} --nodelist="$(paste -sd, "$NOTES/good_nodes")"'] if job.spares else []
+    return _lines(["srun --kill-on-bad-exit=1 --wait=60", *chosen, *_container(job), f"{python} {shlex.join(job.command())}"], 4)
 
 
 def _container(job: Job) -> list[str]:
@@ -119,9 +150,9 @@ def _container(job: Job) -> list[str]:
     return [*options, f"--container-workdir={shlex.quote(job.inside(job.submit_dir))}"]
 
 
-def _lines(parts: list[str]) -> str:
+def _lines(parts: list[str], indent: int = 2) -> str:
     """A long command, a line an option."""
-    return " \\\n  ".join(parts)
+    return (" \\\n" + " " * indent).join(parts)
 
 
 def slurm_time(seconds: float) -> str:

@@ -23,15 +23,16 @@ def launch(
     nodes: int | None = None,
     time: str | None = None,
     chain: int = 1,
+    spares: int = 0,
     dry_run: bool = False,
 ) -> None:
-    """Submit the run of the file `run` to Slurm: `chain` jobs, one after another.
+    """Submit the run of the file `run` to Slurm: `chain` jobs, one after another, with `spares` nodes more than it needs.
 
     With `dry_run` print the script alone, warn on stderr of what is not there, write nothing.
 
     Raises an error with ``exit_code`` 2, one line, for whatever would stop the run later.
     """
-    job = load_job(run, overrides, nodes=nodes, time=time, chain=chain, strict=not dry_run)
+    job = load_job(run, overrides, nodes=nodes, time=time, chain=chain, spares=spares, strict=not dry_run)
     found = list(problems(job))
     if dry_run:
         for line in found:
@@ -81,7 +82,7 @@ def _record(job: Job, name: str, link: int) -> dict[str, object]:
         "total_tokens": job.config.total_tokens,
         "dollars_per_hour": None
         if cluster.dollars_per_gpu_hour is None
-        else cluster.dollars_per_gpu_hour * job.nodes * cluster.priced_units_per_node,
+        else cluster.dollars_per_gpu_hour * (job.nodes + job.spares) * cluster.priced_units_per_node,
     }
 
 

@@ -9,11 +9,9 @@ import yaml
 
 from data_pipeline.indexed import IndexedWriter
 
-STEPS = 40
 
-
-def write_run(folder: Path, cluster: dict | None = None, **sections: dict) -> Path:
-    """run.yaml in `folder` with everything that it names: 40 steps of 4 sequences of 16 random tokens."""
+def write_run(folder: Path, cluster: dict | None = None, steps: int = 40, **sections: dict) -> Path:
+    """run.yaml in `folder` with everything that it names: `steps` steps of 4 sequences of 16 random tokens."""
     random = np.random.default_rng(0)
     with IndexedWriter(folder / "web", np.uint16) as writer:
         for _ in range(40):
@@ -23,7 +21,7 @@ def write_run(folder: Path, cluster: dict | None = None, **sections: dict) -> Pa
             "sequence_length": 16,
             "seed": 3,
             "sources": {"web": {"paths": ["web.bin"]}},
-            "phases": [{"name": "stable", "tokens": STEPS * 4 * 16, "weights": {"web": 1}}],
+            "phases": [{"name": "stable", "tokens": steps * 4 * 16, "weights": {"web": 1}}],
         },
         "cluster": {"name": "test", "exclusive": False, **(cluster or {})},
         "run": {

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
@@ -62,7 +63,10 @@ def install() -> None:
 
 
 class SlurmCluster:
-    """A controller and `nodes` virtual nodes that claim 192 CPUs and 8 H100 each. A context manager."""
+    """A controller and `nodes` virtual nodes that claim 192 CPUs and 8 H100 each. A context manager.
+
+    Partition `gpu` has all nodes, `low` as well and gives way to it, `last` has the last three.
+    """
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
@@ -93,11 +97,11 @@ class SlurmCluster:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}")
         return done.stdout
 
-    def wait(self, condition, seconds: float, what: str) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
         """Poll until `condition()`; an AssertionError that names `what` after `seconds`."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
+            assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}"
             time.sleep(0.2)
 
     def start_node(self, name: str, *flags: str) -> None:
@@ -107,6 +111,27 @@ class SlurmCluster:
         self._daemon(
             ["unshare", "--mount", "--uts", "bash", "-euc", script, "-", name, str(self.folder / "hosts"), str(space), *flags, "-N", name]
         )
+
+    def slurmd(self, name: str) -> int:
+        """The process id of a node's slurmd."""
+        return int((self.folder / f"slurmd.{name}.pid").read_text())
+
+    def kill_slurmd(self, name: str) -> None:
+        """End a node's slurmd alone: what runs there goes on, and nobody can end it from outside. `start_node` brings it back."""
+        pid = self.slurmd(name)
+        os.kill(pid, signal.SIGKILL)
+        self.wait(lambda: not _alive(Path(f"/proc/{pid}")), 30, f"the end of {name}'s slurmd")
+
+    def fill_disk(self, name: str, folder: Path) -> None:
+        """Put a disk of 64 KB at `folder`, which only the processes of this node see."""
+        inside = ["nsenter", f"--mount=/proc/{self.slurmd(name)}/ns/mnt"]
+        done = subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def resume(self) -> None:
+        """Take back the nodes that the controller holds for down, whose slurmd answers."""
+        self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume", check=False)
+        self.wait(lambda: not self.call("sinfo", "-h", "-N", "-t", "down,drain,fail,no_respond", "-o", "%N"), 60, "every node")
 
     def power_off(self, name: str) -> None:
         """Kill everything that runs on a node, at once."""
@@ -179,6 +204,7 @@ class SlurmCluster:
             + ("CommunicationParameters=NoCtldInAddrAny,NoInAddrAny\n" if local else "")
             + nodes
             + f"PartitionName=gpu Nodes=node[1-{self.nodes}] Default=YES MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF\n"
+            + f"PartitionName=last Nodes=node[{self.nodes - 2}-{self.nodes}] MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF\n"
             + f"PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10\n"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.launch import runs
+
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("launch_runs", Path(__file__).with_name("runs.py"))
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
 
 
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -29,8 +27,7 @@ def records(folder: Path, name: str) -> list[dict]:
 
 
 def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
-    runs.STEPS = 300
-    process = start(runs.write_run(tmp_path))
+    process = start(runs.write_run(tmp_path, steps=300))
     owner = tmp_path / "run/owner.json"
     end = time.monotonic() + 60
     while len(records(tmp_path, "metrics.jsonl")) < 20:

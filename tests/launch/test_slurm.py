@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,11 +15,8 @@ from launch.lead import lead_seconds
 from launch.mounts import inside, outside
 from launch.script import render, slurm_time
 from moe_train.cli import main
+from tests.launch.runs import write_run
 
-_spec = importlib.util.spec_from_file_location("launch_runs", Path(__file__).with_name("runs.py"))
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
-write_run = runs.write_run
 
 KINDS = {
     "plain": {},
