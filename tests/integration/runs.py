@@ -1,6 +1,7 @@
 """Whole runs of a tiny model on corpora of random tokens, started as a user starts them."""
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ import numpy as np
 import yaml
 
 from data_pipeline.indexed import IndexedWriter
+from tests.integration.warm import ROOT, WarmServer, WarmStart
 
-ROOT = Path(__file__).parents[2]
 VOCABULARY, SEQUENCE, STEPS = 67, 16, 40
 
 
@@ -57,18 +58,35 @@ def write_corpora(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def start(folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain") -> subprocess.Popen:
-    """`moe-train pretrain run.yaml --nproc N ...`, running."""
-    command = [sys.executable, "-m", "moe_train", verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
+_warm: list[WarmServer] = []
+
+
+def start(
+    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False
+) -> subprocess.Popen | WarmStart:
+    """`moe-train pretrain run.yaml --nproc N ...`, running; `fresh`: in new interpreters, as on a cluster."""
+    command = [verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
+    if not fresh:
+        if not _warm:
+            _warm.append(WarmServer())
+            atexit.register(_warm[0].close)
+        return _warm[0].start(command, folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "moe_train", *command],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
-def run(folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain") -> tuple[int, str]:
+def run(
+    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False
+) -> tuple[int, str]:
     """The same, to its end: (status, everything it said)."""
-    process = start(folder, *arguments, nproc=nproc, verb=verb)
+    process = start(folder, *arguments, nproc=nproc, verb=verb, fresh=fresh)
     said, _ = process.communicate(timeout=240)
     return process.returncode, said
 

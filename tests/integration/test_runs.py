@@ -18,7 +18,7 @@ def complete(tmp_path_factory) -> Path:
     """The folder of an undisturbed run of 40 steps with a checkpoint every 8."""
     folder = tmp_path_factory.mktemp("complete")
     write_corpora(folder)
-    status, said = run(folder)
+    status, said = run(folder, fresh=True)
     assert status == 0, said
     return folder
 
@@ -131,7 +131,7 @@ def test_a_stop_file_saves_and_ends_with_3(tmp_path):
 
 
 def test_a_killed_rank_ends_the_run_with_5_and_it_resumes(complete, cut):
-    process = start(cut, "checkpoint.interval=1 steps")
+    process = start(cut, "checkpoint.interval=1 steps", fresh=True)
     log = cut / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
     while len(log.read_text().splitlines()) > 8 and time.monotonic() < deadline:
@@ -215,7 +215,7 @@ def test_a_missing_corpus_names_source_and_path(tmp_path):
 
 def test_a_time_limit_counts_from_the_start_of_the_process(tmp_path):
     write_corpora(tmp_path)
-    status, said = run(tmp_path, "training.max_wall_time=1s", "parallel.expert=1", nproc=1)  # less than the imports take
+    status, said = run(tmp_path, "training.max_wall_time=1s", "parallel.expert=1", nproc=1, fresh=True)  # less than the imports take
     assert status == 3, said
     assert outcome(tmp_path / "run")["step"] == 1 and "max_wall_time 1s" in outcome(tmp_path / "run")["reason"]
 
