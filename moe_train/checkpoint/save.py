@@ -127,6 +127,8 @@ class Checkpointer:
         first = next((failure for failure in failures if failure), None)
         if self.topology.rank == 0:
             save.finish(first)
+        else:
+            save.join()  # it holds tensors: not to be freed by a thread while the interpreter ends
         failure, fatal = self.topology.from_rank_zero(
             (save.failure, save.fatal) if self.topology.rank == 0 else None
         )
