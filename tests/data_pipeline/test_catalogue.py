@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -60,6 +61,36 @@ def test_known_shards_are_not_read_again(cache: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("MOE_TRAIN_CACHE", str(cache))
     write_corpus(tmp_path / "c" / "x2", 700, seed=9)
     assert sources.open_sources(mixture(tmp_path / "c"))["web"].num_tokens == 2700
+
+
+def _opens(folder: Path, log: str, start) -> None:
+    original = indexed.IndexedReader._read_header
+
+    def logged(self: indexed.IndexedReader, *args) -> None:
+        with open(log, "a") as file:
+            file.write(self.prefix + "\n")
+        original(self, *args)
+
+    indexed.IndexedReader._read_header = logged
+    start.wait()
+    sources.open_sources(mixture(folder))
+
+
+def test_processes_that_start_together_read_each_index_once(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for number in range(100):  # enough for threads
+        write_corpus(tmp_path / "c" / f"x{number}", 200, seed=number)
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+    ranks = [context.Process(target=_opens, args=(tmp_path / "c", str(tmp_path / "log"), start)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    start.set()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    read = (tmp_path / "log").read_text().splitlines()
+    assert len(read) == len(set(read)) == 100
 
 
 def test_a_broken_or_missing_cache_is_done_without(cache: Path, tmp_path: Path, corpus: dict[str, bytes]) -> None:
