@@ -24,6 +24,10 @@ RULES: dict[str, tuple[Rule, str]] = {
     "model.router.load_balancing_coef": ("recorded", "changes the loss from here on"),
     "model.router.z_coef": ("recorded", "changes the loss from here on"),
     "model.router.scope": ("recorded", "changes the loss from here on"),
+    "model.router.load_balancing": ("recorded", "changes the loss from here on"),
+    "model.router.adaptive": ("recorded", "changes the loss from here on"),
+    "model.router.capacity_factor": ("recorded", "changes what is dropped from here on"),
+    "model.router.drop_by": ("recorded", "changes what is dropped from here on"),
     "model.max_sequence_length": ("recorded", "a limit; no weight depends on it"),
     "data.mixture": (
         "recorded",

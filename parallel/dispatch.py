@@ -3,7 +3,7 @@
 megatron-core's all-to-all dispatcher counts, splits, exchanges and sorts; what is ours is the local permutation on
 either side of the exchange. A (token, slot) pair is a row of its own that comes back unsummed, because mixture-of-
 attention needs the query of every slot separately; gates are applied at home. One plan, made from the router's choice,
-serves every trip of a layer.
+serves every trip of a layer. A pair may be left out: it is not sent, and comes back as a row of zeros.
 
 Rows are moved by gathers in both directions: the backward of a gather by a permutation is the gather by its inverse,
 which unlike a scatter-add is deterministic on a GPU and fast on a CPU.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -24,18 +25,23 @@ class RoutingPlan:
 
     Attributes:
         counts: rows that each expert of this rank receives, in the order of the experts, as plain numbers.
-        order: ``[T * k]`` the pair (token * k + slot) at each position once pairs are sorted by expert.
-        inverse: ``[T * k]`` the position of each pair.
+        order: ``[P]`` the pair (token * k + slot) at each position once the P pairs that are sent are sorted by expert.
+        inverse: ``[T * k]`` the position of each pair; P for one that is left out.
     """
 
-    def __init__(self, dispatcher: "ExpertDispatcher", experts_tk: torch.Tensor):
+    def __init__(self, dispatcher: "ExpertDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
         self._dispatcher = dispatcher
         self.top_k = experts_tk.shape[1]
         pairs = experts_tk.reshape(-1)
-        self.order = torch.argsort(pairs, stable=True)
-        self.inverse = torch.empty_like(self.order)
-        self.inverse[self.order] = torch.arange(len(pairs), device=pairs.device)
-        self.counts = dispatcher.exchange_counts(experts_tk)
+        if sent_tk is None:
+            self.order = torch.argsort(pairs, stable=True)
+            self.inverse = torch.empty_like(self.order)
+        else:
+            left_out_last = pairs.masked_fill(~sent_tk.reshape(-1), dispatcher.num_experts)
+            self.order = torch.argsort(left_out_last, stable=True)[: int(sent_tk.sum())]
+            self.inverse = torch.full_like(pairs, len(self.order))
+        self.inverse[self.order] = torch.arange(len(self.order), device=pairs.device)
+        self.counts = dispatcher.exchange_counts(experts_tk, sent_tk)
 
     def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
@@ -77,14 +83,15 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         config.num_moe_experts = num_experts
         super().__init__(per_rank, list(range(first, first + per_rank)), config, pg_collection=groups)
 
-    def plan(self, experts_tk: torch.Tensor) -> RoutingPlan:
-        """The routing plan for ``experts_tk`` ``[T, k]``, the experts of each token. Exchanges the counts."""
-        return RoutingPlan(self, experts_tk)
+    def plan(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None) -> RoutingPlan:
+        """The routing plan for ``experts_tk`` ``[T, k]``, the experts of each token; ``sent_tk`` says which of these pairs are
+        sent, None: all. Exchanges the counts."""
+        return RoutingPlan(self, experts_tk, sent_tk)
 
-    def exchange_counts(self, experts_tk: torch.Tensor) -> list[int]:
+    def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> list[int]:
         """Tell every rank how many rows come. The one host-device synchronisation that dropless routing forces."""
         chosen = torch.zeros(len(experts_tk), self.num_experts, dtype=torch.bool, device=experts_tk.device)
-        chosen.scatter_(1, experts_tk, True)
+        chosen.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
         self.tokens_per_expert = self.preprocess(chosen)
         for point in ("before_permutation_1", "before_ep_alltoall", "before_permutation_2", "before_finish"):
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
@@ -104,6 +111,11 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         return rows if self.ep_size == 1 else self.token_combine(self.combine_preprocess(rows))
 
 
+def _with_zero_row(rows: torch.Tensor, places: int) -> torch.Tensor:
+    """``rows``, and a row of zeros where pairs that were left out look, which are those of ``places`` that have no row."""
+    return rows if len(rows) == places else F.pad(rows, (0, 0, 0, 1))
+
+
 class _GatherTokens(torch.autograd.Function):
     """Row p of the result is token ``order[p] // k``."""
 
@@ -116,6 +128,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows):
         (inverse,) = ctx.saved_tensors
+        grad_rows = _with_zero_row(grad_rows, len(inverse))
         slots = inverse.view(-1, ctx.top_k)
         grad = grad_rows.index_select(0, slots[:, 0])
         for slot in range(1, ctx.top_k):
@@ -124,17 +137,19 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Row p of the result is row ``order[p]``; ``inverse`` undoes it."""
+    """Row p of the result is row ``order[p]``; ``inverse`` undoes it. There are as many ``pairs`` as rows on one side; on the
+    other those that were left out are missing, and come back as zeros."""
 
     @staticmethod
     def forward(ctx, rows, order, inverse):
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+        ctx.pairs = max(len(order), len(inverse))
+        return _with_zero_row(rows, ctx.pairs).index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return _with_zero_row(grad, ctx.pairs).index_select(0, inverse), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -143,6 +158,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, gates_tk, order, inverse):
         ctx.save_for_backward(rows, gates_tk, order, inverse)
+        rows = _with_zero_row(rows, len(inverse))
         slots = inverse.view(gates_tk.shape)
         out = rows.index_select(0, slots[:, 0]).mul_(gates_tk[:, :1])
         for slot in range(1, gates_tk.shape[1]):
@@ -154,6 +170,7 @@ class _WeightedSum(torch.autograd.Function):
         rows, gates_tk, order, inverse = ctx.saved_tensors
         top_k = gates_tk.shape[1]
         grad_rows = grad_th.index_select(0, order // top_k)
-        grad_gates = torch.linalg.vecdot(grad_rows, rows).index_select(0, inverse).view_as(gates_tk)
+        grad_gates = torch.linalg.vecdot(grad_rows, rows)
+        grad_gates = _with_zero_row(grad_gates.unsqueeze(1), len(inverse)).index_select(0, inverse).view_as(gates_tk)
         grad_rows.mul_(gates_tk.reshape(-1, 1).index_select(0, order))
         return grad_rows, grad_gates, None, None

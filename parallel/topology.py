@@ -92,6 +92,19 @@ class Topology:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.groups.tp)
         return values
 
+    def sum_over_expert_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share the experts of one model, in place."""
+        dist.all_reduce(values, group=self.groups.ep)
+        return values
+
+    def gather_over_tensor_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """``[T, ...]`` of every tensor rank, alike in shape, one after the other along the first dimension; outside of autograd."""
+        if self.layout.tensor == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.layout.tensor)]
+        dist.all_gather(parts, values.contiguous(), group=self.groups.tp)
+        return torch.cat(parts)
+
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Hand ``values`` of the last pipeline rank to the others of this pipeline, in place."""
         if self.layout.pipeline > 1:

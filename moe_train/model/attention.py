@@ -36,7 +36,7 @@ class MixtureOfAttention(torch.nn.Module):
         self.top_k, self.head_dim = attention.top_k, attention.head_dim
         self.tensor_ranks = topology.layout.tensor
         self.local_heads = attention.num_kv_heads // self.tensor_ranks
-        self.router = Router(f"{name}.router", hidden, experts, attention.top_k, config.router, topology, dtype)
+        self.router = Router(f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype)
         self.dispatcher = ExpertDispatcher(experts, engine, topology, sharded)
         self.query = GroupedLinear(f"{name}.query", experts, hidden, width, topology, dtype, sharded)
         self.output = GroupedLinear(f"{name}.output", experts, width, hidden, topology, dtype, sharded)
@@ -45,8 +45,8 @@ class MixtureOfAttention(torch.nn.Module):
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
         x_th = x_sbh.flatten(0, 1)
-        gates_tk, experts_tk = self.router(x_th, tokens)
-        plan = self.dispatcher.plan(experts_tk)
+        gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
+        plan = self.dispatcher.plan(experts_tk, sent_tk)
         q_tkd = plan.collect_pairs(self.query(plan.dispatch_tokens(x_th), plan.counts))
         k_sbnd, v_sbnd = self._keys_and_values(x_sbh)
         q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])

@@ -7,23 +7,12 @@ are JetMoE-8B's (arXiv 2404.07413, Table 1).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-
-class ModelPart(BaseModel):
-    """Strict, frozen, and without unknown keys: what a model file says is what is built."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Weight(NamedTuple):
-    """A parameter of one layer: its global shape, and whether tensor ranks each hold a part of it, expert ranks
-    whole experts of it (its first dimension counts them), or every rank all of it."""
-
-    shape: tuple[int, ...]
-    split: Literal["whole", "tensor", "expert"] = "whole"
+from moe_train.model.part import ModelPart, Weight
+from moe_train.model.router_config import RouterConfig
 
 
 def _check_top_k(top_k: int, info: ValidationInfo) -> int:
@@ -53,29 +42,6 @@ HeadDim = Annotated[int, Field(ge=2), AfterValidator(_check_even)]
 Activation = Literal["silu", "gelu", "relu"]
 
 
-class RouterConfig(ModelPart):
-    """The routers of all mixtures: their gates, and their losses (JetMoE eq. 10-12), summed over the routers."""
-
-    load_balancing_coef: float = Field(0.01, ge=0)
-    """alpha of ``N * sum_i f_i P_i``, which is 1 when the load is even."""
-    z_coef: float = Field(0.001, ge=0)
-    """beta of ``mean(logsumexp(logits)^2)``."""
-    scope: Literal["micro_batch", "sequence"] = "micro_batch"
-    """The tokens over which f and P are averaged: one micro-batch, or each sequence by itself (then the size
-    of the
-    micro-batch does not matter)."""
-    renormalize: bool = True
-    """Whether the gates of a token's top_k experts add up to 1 (JetMoE, Mixtral, Skywork-MoE), or are their
-    part of a softmax over all experts (OLMoE)."""
-    bias: bool = False
-    """Whether the logits have a bias (Skywork-MoE eq. 1)."""
-
-    def weights(self, num_experts: int, hidden: int) -> dict[str, Weight]:
-        """Name -> parameter of one router."""
-        weights = {"router.weight": Weight((num_experts, hidden))}
-        return weights | ({"router.bias": Weight((num_experts,))} if self.bias else {})
-
-
 class MixtureOfAttentionConfig(ModelPart):
     """Mixture of attention heads (JetMoE): keys and values are shared, each expert has its own query and output
     projections."""
@@ -89,6 +55,8 @@ class MixtureOfAttentionConfig(ModelPart):
     """Experts that each token uses; the model has top_k * num_kv_heads query heads."""
     bias: bool = True
     """Whether one vector is added to the combined output of the experts."""
+    router: RouterConfig | None = None
+    """What differs from the model's `router`; null: nothing does."""
 
     @property
     def width(self) -> int:
@@ -105,7 +73,7 @@ class MixtureOfAttentionConfig(ModelPart):
         hidden, experts = config.hidden_size, self.num_experts
         return {
             **({"bias": Weight((hidden,))} if self.bias else {}),
-            **config.router.weights(experts, hidden),
+            **(self.router or config.router).weights(experts, hidden),
             "query.weight": Weight((experts, self.width, hidden), "expert"),
             "output.weight": Weight((experts, hidden, self.width), "expert"),
             "kv.weight": Weight((2, self.width, hidden), "tensor"),
@@ -187,13 +155,15 @@ class MixtureOfMLPConfig(ModelPart):
     activation: Activation = "silu"
     bias: bool = True
     """Whether one vector is added to the combined output of the experts."""
+    router: RouterConfig | None = None
+    """What differs from the model's `router`; null: nothing does."""
 
     def weights(self, config: ModelConfig) -> dict[str, Weight]:
         """Name -> parameter, in the order in which the module has them."""
         hidden, ffn, experts = config.hidden_size, self.ffn_hidden_size, self.num_experts
         return {
             **({"bias": Weight((hidden,))} if self.bias else {}),
-            **config.router.weights(experts, hidden),
+            **(self.router or config.router).weights(experts, hidden),
             "gate_up.weight": Weight((experts, 2 * ffn, hidden), "expert"),
             "down.weight": Weight((experts, hidden, ffn), "expert"),
         }
@@ -270,7 +240,7 @@ class ModelConfig(ModelPart):
     attention: AttentionConfig = MixtureOfAttentionConfig()
     mlp: MLPConfig = MixtureOfMLPConfig()
     router: RouterConfig = RouterConfig()
-    """Of every mixture; a model without one has no use for it."""
+    """Of every mixture that has no other; a model without a mixture has no use for it."""
     norm_eps: float = Field(1.0e-6, gt=0)
     """Of the final norm."""
     layer_norm_eps: float = Field(1.0e-6, gt=0)
@@ -280,6 +250,24 @@ class ModelConfig(ModelPart):
     """The longest sequence that the model is trained on or generates."""
     init_std: float = Field(0.01, ge=0)
     tie_embeddings: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_routers(cls, data: Any) -> Any:
+        """A mixture's own `router` says only what differs from the model's."""
+        common = data.get("router", {}) if isinstance(data, dict) else None
+        if not isinstance(common, dict):
+            return data
+        completed = dict(data)
+        for name in ("attention", "mlp"):
+            part = data.get(name)
+            if isinstance(part, dict) and isinstance(part.get("router"), dict):
+                completed[name] = {**part, "router": {**common, **part["router"]}}
+        return completed
+
+    def router_of(self, part: str) -> RouterConfig:
+        """The router of a mixture, ``attention`` or ``mlp``."""
+        return getattr(self, part).router or self.router
 
     def routers(self) -> dict[str, int]:
         """Layer and part of every router (``layers.3.mlp``) -> its number of experts, in the order of the forward

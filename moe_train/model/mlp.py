@@ -29,7 +29,7 @@ class MixtureOfMLP(torch.nn.Module):
         super().__init__()
         mlp, hidden, dtype = config.mlp, config.hidden_size, options.dtype
         self.recompute, self.activation = options.recompute == "selective", mlp.activation
-        self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router, topology, dtype)
+        self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router_of("mlp"), topology, dtype)
         self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology)
         self.gate_up = GroupedLinear(f"{name}.gate_up", mlp.num_experts, hidden, 2 * mlp.ffn_hidden_size, topology, dtype)
         self.down = GroupedLinear(f"{name}.down", mlp.num_experts, mlp.ffn_hidden_size, hidden, topology, dtype)
@@ -37,8 +37,8 @@ class MixtureOfMLP(torch.nn.Module):
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         x_th = x_sbh.flatten(0, 1)
-        gates_tk, experts_tk = self.router(x_th, tokens)
-        plan = self.dispatcher.plan(experts_tk)
+        gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
+        plan = self.dispatcher.plan(experts_tk, sent_tk)
         rows = plan.dispatch_tokens(x_th)
 
         def experts(rows: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,33 @@
 """The router: which experts a token goes to, with what weight, and the losses that keep the experts in balance.
 
 JetMoE (eq. 1, 2, 10, 11): logits in the model's precision, cast to fp32; the k largest are kept and the softmax is taken over
-them alone (``renormalize: false``, as OLMoE: over all experts). Load-balancing loss ``E * sum_e f_e P_e`` (Fedus et al.), 1 when balanced; z-loss ``mean logsumexp^2``
-(Zoph et al.). Both are means over the tokens of one micro-batch (or of one sequence, ``scope: sequence``), summed over
-the tensor ranks that share it, so that no layout changes them.
+them alone, or (``renormalize: false``, OLMoE) over all experts. A load-balancing loss (:mod:`moe_train.model.balance`) and the
+z-loss ``mean logsumexp^2`` of the logits (Zoph et al.) are means over the tokens of one micro-batch (or of one sequence, ``scope: sequence``), summed over the tensor ranks
+that share it, so that no layout changes them.
+
+Skywork-MoE (eq. 6): before the choice the logits of a token may be brought to one mean and one spread, so that its gates do
+not drift towards being all alike. An expert may have a capacity (:mod:`moe_train.model.capacity`); what it drops has
+the gate 0 and is not sent.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from moe_train.model.config import RouterConfig
+from moe_train.model.balance import LOSSES
+from moe_train.model.capacity import capacity, within_capacity
+from moe_train.model.router_config import RouterConfig
 from moe_train.model.parameters import new_parameter, output_bias, sequence_parallel
 from parallel.topology import Topology
+
+NORMALIZE_EPS = 1e-6
+"""Added to the variance of a token's logits: equal logits stay equal, with a gradient that is finite. The paper gives none."""
+_MAX_RATIO = 1e6  # of two gates, for a mean that one token cannot make infinite
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,30 @@ class Tokens:
         return max(0, min(rows // self.sequences, self.length - self.first)) * self.sequences
 
 
+class Observation(NamedTuple):
+    """What a router did in one micro-batch: this rank's part, detached.
+
+    ``counts``: ``[E]`` tokens that chose each expert. ``overflow``: the pairs beyond the experts' capacity, over all tensor
+    ranks, or None without one. ``sharpness``: the sums over the tokens of Max1/Max2 and Max2/Max3 of the gates, or None where
+    nobody asks.
+    """
+
+    balance: torch.Tensor
+    z: torch.Tensor
+    counts: torch.Tensor
+    overflow: torch.Tensor | None = None
+    sharpness: torch.Tensor | None = None
+
+
 class Router(torch.nn.Module):
-    """``[T, H]`` tokens to gates ``[T, k]`` and experts ``[T, k]``, largest first.
+    """``[T, H]`` tokens to gates ``[T, k]`` and experts ``[T, k]``, largest first, and which of these pairs are sent.
+
+    The last is None where all are, as always outside of training: what is evaluated or generated is never dropped.
 
     Attributes:
-        observe: called with (load_balancing_loss, z_loss, counts [E]) of this rank's part, detached, once a micro-batch.
+        observe: called with an :class:`Observation` once a micro-batch.
+        watch_gates: whether it is to tell how sharp the gates are.
+        load_balancing_coef: the weight of the load-balancing loss, of the config unless it is adapted.
     """
 
     def __init__(
@@ -55,23 +86,34 @@ class Router(torch.nn.Module):
             )
         )
         self.bias = output_bias(f"{name}.bias", num_experts, topology, dtype) if config.bias else None
-        self.observe = None
+        self.load_balancing_coef = config.load_balancing_coef
+        self.observe, self.watch_gates = None, False
 
-    def forward(self, x_th: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_th: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         logits_te = F.linear(x_th, self.weight, self.bias).float()
-        kept_tk, experts_tk = logits_te.topk(self.top_k, dim=-1)
-        gates_tk = kept_tk.softmax(dim=-1) if self.config.renormalize else logits_te.softmax(dim=-1).gather(1, experts_tk)
+        scores_te = normalize(logits_te, self.config.logit_scale) if self.config.normalize_logits else logits_te
+        kept_tk, experts_tk = scores_te.topk(self.top_k, dim=-1)
+        gates_tk = kept_tk.softmax(dim=-1) if self.config.renormalize else scores_te.softmax(dim=-1).gather(1, experts_tk)
         gates_tk = gates_tk.to(x_th.dtype)
+        valid = tokens.valid_rows(len(x_th))
+        sent_tk = None
+        if self.training and self.config.drop_by is not None:
+            probability_te = scores_te.detach().softmax(dim=-1)
+            sent_tk = within_capacity(
+                experts_tk, probability_te, self._capacity(tokens), self.config.drop_by, valid, self.topology
+            )
+            gates_tk = gates_tk.masked_fill(~sent_tk, 0.0)
         if self.training and torch.is_grad_enabled():
-            valid = tokens.valid_rows(len(x_th))
-            balance, z, counts = self._losses(logits_te[:valid], experts_tk[:valid], tokens)
-            loss = self.config.load_balancing_coef * balance + self.config.z_coef * z
+            observed = self._losses(logits_te[:valid], scores_te[:valid], experts_tk[:valid], tokens)
+            loss = self.load_balancing_coef * observed.balance + self.config.z_coef * observed.z
             gates_tk = MoEAuxLossAutoScaler.apply(gates_tk, loss)
             if self.observe is not None:
-                self.observe(balance.detach(), z.detach(), counts)
-        return gates_tk, experts_tk
+                self.observe(observed._replace(balance=observed.balance.detach(), z=observed.z.detach()))
+        return gates_tk, experts_tk, sent_tk
 
-    def _losses(self, logits_te: torch.Tensor, experts_tk: torch.Tensor, tokens: Tokens):
+    def _losses(
+        self, logits_te: torch.Tensor, scores_te: torch.Tensor, experts_tk: torch.Tensor, tokens: Tokens
+    ) -> Observation:
         """This rank's part of both losses: over the tensor ranks the parts add up to the loss of the micro-batch."""
         groups = tokens.sequences if self.config.scope == "sequence" else 1
         per_group = tokens.sequences * tokens.length // groups
@@ -81,8 +123,30 @@ class Router(torch.nn.Module):
         local_counts = counts_ge.sum(0)
         counts_ge = self.topology.sum_over_tensor_ranks(counts_ge)
         log_total_t = logits_te.logsumexp(dim=-1, keepdim=True)
-        probability_ge = (logits_te - log_total_t).exp().view(by_group).sum(0)
-        scale = self.num_experts / (per_group * per_group * self.top_k * groups)
-        balance = (probability_ge * counts_ge).sum() * scale
         z = log_total_t.square().sum() / (per_group * groups)
-        return balance, z, local_counts
+        if self.config.load_balancing == "none":
+            balance = torch.zeros_like(z)
+        else:
+            log_total_t = scores_te.logsumexp(dim=-1, keepdim=True) if self.config.normalize_logits else log_total_t
+            probability_te = (scores_te - log_total_t).exp()
+            loss = LOSSES[self.config.load_balancing]
+            balance = loss(probability_te.view(by_group).sum(0), counts_ge, per_group, self.top_k, self.topology)
+        overflow = None
+        if self.config.capacity_factor is not None:
+            overflow = (counts_ge.sum(0) - self._capacity(tokens)).clamp(min=0).sum()
+        return Observation(balance, z, local_counts, overflow, _sharpness(scores_te.detach()) if self.watch_gates else None)
+
+    def _capacity(self, tokens: Tokens) -> int:
+        return capacity(self.config.capacity_factor, tokens.sequences * tokens.length, self.top_k, self.num_experts)
+
+
+def normalize(logits_te: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * (logits - mean) / standard deviation`` over the experts of each token (Skywork-MoE eq. 6; biased deviation)."""
+    return scale * F.layer_norm(logits_te, logits_te.shape[-1:], eps=NORMALIZE_EPS)
+
+
+def _sharpness(scores_te: torch.Tensor) -> torch.Tensor:
+    """``[2]``: Max1/Max2 and Max2/Max3 of each token's probabilities, summed over the tokens; 0 where there is no third."""
+    largest_t3 = scores_te.topk(min(3, scores_te.shape[-1]), dim=-1).values
+    ratios_t2 = (largest_t3[:, :-1] - largest_t3[:, 1:]).clamp(max=math.log(_MAX_RATIO)).exp()
+    return F.pad(ratios_t2.sum(dim=0), (0, 2 - ratios_t2.shape[-1]))

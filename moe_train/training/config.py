@@ -193,3 +193,7 @@ class LoggingConfig(Section):
     wandb: WandbConfig | None = None
     """null: not used."""
     tensorboard: bool = False
+    router_gates: bool = False
+    """Watch how sure the routers are: Max1/Max2 and Max2/Max3 of the gates, in the `routers` entry of metrics.jsonl."""
+    expert_similarity: Interval | None = None
+    """How often the mean cosine between the experts of each layer is measured, for the same entry; null: never."""

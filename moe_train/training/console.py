@@ -10,9 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-LOAD_ALARM = 4.0
-"""Largest load of one expert over the mean of its layer above which the router is called unhealthy."""
-_LOAD_QUIET = 0.9 * LOAD_ALARM  # an alarm ends below this, so that a load at the threshold does not flap
+from moe_train.training.router_alarms import RouterAlarms
+
 _SHOWN = 4  # names in one alarm
 
 
@@ -47,7 +46,7 @@ class Console:
         self._last: Mapping[str, Any] | None = None
         self._recent: deque[tuple[int, float]] = deque()  # tokens and seconds of the steps since the last line
         self._marks: deque[tuple[float, int]] = deque(maxlen=200)  # clock and tokens at the last steps
-        self._routers: dict[str, tuple[int, bool]] = {}
+        self._alarms = RouterAlarms()
         self._progress: Any = None
         self._task: Any = None
         if getattr(self._stream, "isatty", lambda: False)():
@@ -87,20 +86,8 @@ class Console:
             self.say(self._format(line, speed))
 
     def router_health(self, step: int, routers: Mapping[str, Mapping[str, float]]) -> None:
-        """Report each router (`layers.3.mlp`) whose state changed: `dead` experts, or `max_over_mean` load past the threshold."""
-        worse, better = [], []
-        for name, figures in routers.items():
-            dead, over = self._routers.get(name, (0, False))
-            load = figures.get("max_over_mean", 1.0)
-            now_dead = int(figures.get("dead", 0))
-            now_over = load > (_LOAD_QUIET if over else LOAD_ALARM)
-            self._routers[name] = (now_dead, now_over)
-            if now_dead != dead:
-                (worse if now_dead > dead else better).append(f"{name} has dead experts: {now_dead} (was {dead})")
-            if now_over and not over:
-                worse.append(f"{name} sends {load:.1f} x the mean to one expert")
-            if over and not now_over:
-                better.append(f"{name} is back to {load:.1f} x the mean")
+        """Report each router (`layers.3.mlp`) that is in another state than before: see `router_alarms`."""
+        worse, better = self._alarms.check(step, routers)
         if worse:
             self.warn(f"routers at step {step}: {_some(worse)}")
         if better:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_train.checkpoint.save import Checkpointer
+from moe_train.training.expert_similarity import expert_similarities
 from moe_train.training.faults import Fault
 from moe_train.training.recorder import Recorder
 from moe_train.training.replicas import check_replicas
@@ -24,7 +25,8 @@ class StepFigures:
     load_balancing_loss: float
     z_loss: float
     gradient_norm: float
-    expert_loads: dict[str, dict[str, float]]
+    routers: dict[str, dict[str, float]]
+    drop_rates: dict[str, float]
     rank_seconds: list[float]
     stop: bool
 
@@ -49,6 +51,7 @@ def train(
         fault = trainer.guard.judge(step, figures.loss, figures.gradient_norm)
         if fault is None:
             trainer.optimizer.update(lr, figures.gradient_norm)
+            trainer.coefficients.update(figures.drop_rates)
         else:
             with watchdog.allow(10 * config.faults.step_timeout, "going back to a checkpoint"):
                 _give_up(fault, trainer, recorder, checkpointer, step, position.samples + batch_size)
@@ -67,8 +70,11 @@ def train(
             "lr": lr,
             **recorder.speed(trainer.tokens - tokens, time.perf_counter() - began),
         }
-        if _due(config.logging.interval, step, tokens, trainer.tokens):
-            line["routers"] = figures.expert_loads
+        if compared := _due(config.logging.expert_similarity, step, tokens, trainer.tokens):
+            for name, similarity in expert_similarities(trainer.model, trainer.topology).items():
+                figures.routers[name]["similarity"] = similarity
+        if compared or _due(config.logging.interval, step, tokens, trainer.tokens):
+            line["routers"] = figures.routers
         if trainer.validation and _due(config.data.validation.interval, step, tokens, trainer.tokens, trainer.complete):
             with watchdog.allow(10 * config.faults.step_timeout, "validation"):
                 line.update(trainer.validation.run())
@@ -119,8 +125,19 @@ def _gradients(trainer: Trainer, batch_size: int, stop: StopRequest) -> StepFigu
     totals = topology.sum_over_world(values).cpu()  # at once: every figure is read below
     loss, stops, seconds, routers = totals[0], totals[1], totals[2 : len(own)], totals[len(own) :]
     balance, z = trainer.monitor.losses(routers, count)
-    loads = trainer.monitor.loads(routers)
-    return StepFigures(float(loss) / count, balance, z, norm, loads, seconds.tolist(), bool(stops > 0))
+    by_router = trainer.monitor.figures(routers)
+    for name, coefficient in trainer.coefficients.values.items():
+        by_router[name]["load_balancing_coef"] = coefficient
+    return StepFigures(
+        loss=float(loss) / count,
+        load_balancing_loss=balance,
+        z_loss=z,
+        gradient_norm=norm,
+        routers=by_router,
+        drop_rates=trainer.monitor.drop_rates(routers),
+        rank_seconds=seconds.tolist(),
+        stop=bool(stops > 0),
+    )
 
 
 def _agreed_reason(trainer: Trainer, stop: StopRequest) -> str:

@@ -81,7 +81,7 @@ class Recorder:
         self._metrics.append(line)
         self.console.step(line, due)
         if due:
-            self.console.router_health(line["step"], figures.expert_loads)
+            self.console.router_health(line["step"], line["routers"])
             if warning := self._slow_ranks.warning(line["rank_seconds"]):
                 self.console.warn(warning)
                 self.folder.event("slow_rank", line["step"], **line["rank_seconds"])

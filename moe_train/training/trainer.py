@@ -17,6 +17,7 @@ from moe_train.checkpoint.mirror import open_mirror
 from moe_train.config import RunConfig
 from moe_train.model.build import DTYPES, build_model
 from moe_train.model.options import ModelOptions
+from moe_train.training.adaptive import AdaptiveCoefficients
 from moe_train.training.faults import FaultGuard
 from moe_train.training.optimizer import Optimizer, wrap_data_parallel
 from moe_train.training.router_monitor import RouterMonitor
@@ -111,6 +112,7 @@ class Trainer:
             "tokens": self.tokens,
             "ledger": self.ledger.to_dict(),
             "faults": self.guard.state(),
+            "load_balancing_coefs": self.coefficients.values,
             "precision": self.config.training.precision,
             "starts": self.folder.starts,
         }
@@ -131,6 +133,7 @@ class Trainer:
             return None
         state = load_checkpoint(checkpoint, self.model, self.optimizer, self.topology)
         self.guard.rewind(state["faults"])
+        self.coefficients.restore(state.get("load_balancing_coefs", {}))
         self.skip(state["samples"], last)
         return checkpoint, state["samples"]
 
@@ -151,7 +154,8 @@ class Trainer:
             document_end=self.config.document_end,
         )
         self.model = build_model(self.config.model, self.topology, options)
-        self.monitor = RouterMonitor(self.model, self.topology)
+        self.monitor = RouterMonitor(self.model, self.topology, self.config.logging.router_gates)
+        self.coefficients = AdaptiveCoefficients(self.model)
         wrapped = wrap_data_parallel(self.model, overlap=self.topology.device.type == "cuda")
         self.optimizer = Optimizer(wrapped, self.config.optimizer, bf16=dtype == torch.bfloat16)
         self.stepper = Stepper(
@@ -172,6 +176,7 @@ class Trainer:
             self.previous_state = load_checkpoint(self.resumed_from, self.model, self.optimizer, self.topology)
             self.position = Position(self.previous_state["step"], self.previous_state["samples"])
             self.guard.restore(self.previous_state["faults"])
+            self.coefficients.restore(self.previous_state.get("load_balancing_coefs", {}))
         elif self.config.checkpoint.initialize_from is not None:
             source = resolve_checkpoint(self.config.checkpoint.initialize_from)
             check_same_model(read_run_state(source), self.config.model)

@@ -20,17 +20,12 @@ def topology():
     engine.stop()
 
 
-@pytest.fixture(params=[1, 2, 5])
-def routed(request, topology):
-    """(plan, experts [T, k]): expert 3 is nobody's choice unless everybody must take it."""
+@pytest.fixture(scope="module")
+def dispatcher(topology):
     from megatron.core.transformer import TransformerConfig
 
     from parallel.dispatch import ExpertDispatcher
 
-    top_k = request.param
-    scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(top_k))
-    scores[:, 3] = -1.0
-    experts = scores.topk(top_k).indices
     engine = TransformerConfig(
         num_layers=1,
         hidden_size=8,
@@ -39,7 +34,28 @@ def routed(request, topology):
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
     )
-    return ExpertDispatcher(EXPERTS, engine, topology).plan(experts), experts
+    return ExpertDispatcher(EXPERTS, engine, topology)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def routed(request, dispatcher):
+    """(plan, experts [T, k]): expert 3 is nobody's choice unless everybody must take it."""
+    top_k = request.param
+    scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(top_k))
+    scores[:, 3] = -1.0
+    experts = scores.topk(top_k).indices
+    return dispatcher.plan(experts), experts
+
+
+@pytest.fixture(params=["some", "none of the first two", "all", "nothing"])
+def partly_sent(request, dispatcher):
+    """(plan, experts [T, 2], sent [T, 2]): pairs are left out."""
+    generator = torch.Generator().manual_seed(4)
+    experts = torch.rand(TOKENS, EXPERTS, generator=generator).topk(2).indices
+    sent = torch.rand(TOKENS, 2, generator=generator) < 0.6
+    sent[:2] &= request.param != "none of the first two"
+    sent = {"all": torch.ones_like(sent), "nothing": torch.zeros_like(sent)}.get(request.param, sent)
+    return dispatcher.plan(experts, sent), experts, sent
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -86,3 +102,30 @@ def test_answers_are_weighted_by_their_gates(routed):
         expected[token] += gates[token, slot] * row
     torch.testing.assert_close(plan.collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(plan.collect_weighted, (rows, gates))
+
+
+def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
+    plan, experts, sent = partly_sent
+    pairs = [pair for pair in pairs_by_expert(experts) if sent[pair]]
+    assert plan.counts == [int(((experts == expert) & sent).sum()) for expert in range(EXPERTS)]
+    x, x_tkd = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH)
+    assert torch.equal(plan.dispatch_tokens(x), x[[token for token, _ in pairs]])
+    rows = plan.dispatch_pairs(x_tkd)
+    assert torch.equal(rows, x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
+    assert torch.equal(plan.collect_pairs(rows), x_tkd * sent[..., None])
+    rows, gates = draw(len(pairs), WIDTH), draw(TOKENS, 2)
+    expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
+    for row, (token, slot) in zip(rows, pairs):
+        expected[token] += gates[token, slot] * row
+    torch.testing.assert_close(plan.collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
+    for trip, inputs in (
+        (plan.dispatch_tokens, (x,)),
+        (plan.dispatch_pairs, (x_tkd,)),
+        (plan.collect_pairs, (rows,)),
+        (plan.collect_weighted, (rows, gates)),
+    ):
+        inputs = tuple(value.detach().requires_grad_() for value in inputs)
+        if all(value.numel() for value in inputs):
+            assert torch.autograd.gradcheck(trip, inputs)
+        else:
+            assert torch.equal(trip(*inputs), torch.zeros_like(trip(*inputs)))
