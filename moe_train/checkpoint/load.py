@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from moe_train.training.optimizer import Optimizer
     from parallel.topology import Topology
 
-NOT_COMPARED = {"router", "max_sequence_length", "init_std"}
-"""Parts of a model's config on which no trained weight depends."""
+NOT_COMPARED = {"max_sequence_length", "init_std"}
+"""Keys of a model's config on which no trained weight depends."""
 
-COMPARED = {"router.renormalize", "router.bias"}
-"""Keys inside of those parts that change what the model computes."""
+COMPARED_OF_ROUTERS = {"renormalize", "bias", "normalize_logits", "logit_scale"}
+"""Keys of a router that change what the model computes; the others only say how it is trained."""
 
 
 def find_checkpoint(
@@ -133,11 +133,11 @@ def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
     """Raise UserError, naming the keys and both values, unless the checkpoint's model has the shape of
     ``config``."""
     saved = ModelConfig.model_validate(state["model"])  # an older one lacks keys that have their defaults since
-    theirs, ours = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    theirs, ours = _flat(_what_is_computed(saved)), _flat(_what_is_computed(config))
     differing = [
         f"model.{key} is {theirs.get(key)} in the checkpoint, {ours.get(key)} in the config"
         for key in dict.fromkeys([*theirs, *ours])
-        if (key.split(".")[0] not in NOT_COMPARED or key in COMPARED) and theirs.get(key) != ours.get(key)
+        if theirs.get(key) != ours.get(key)
     ]
     if differing:
         raise UserError(
@@ -179,6 +179,15 @@ def _remember(path: Path) -> None:
 
 def _say(text: str) -> None:
     print(f"warning: {text}", flush=True)
+
+
+def _what_is_computed(config: ModelConfig) -> dict[str, Any]:
+    """The config without what does not change the model's output; every mixture with the router that it has."""
+    data = config.model_dump(mode="json", exclude={"router", *NOT_COMPARED})
+    for part in ("attention", "mlp"):
+        if "router" in data[part]:
+            data[part]["router"] = config.router_of(part).model_dump(include=COMPARED_OF_ROUTERS)
+    return data
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_a_checkpoint_from_before_a_key_existed_has_its_default(state) -> None:
 
 
 def test_how_routers_compute_is_part_of_the_model(state) -> None:
-    with pytest.raises(UserError, match="model.router.renormalize is True"):
+    with pytest.raises(UserError, match="model.mlp.router.renormalize is True"):
         check_same_model(state, MODEL.model_copy(update={"router": RouterConfig(renormalize=False)}))
 
 
