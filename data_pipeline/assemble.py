@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.indexed import IndexedWriter
+from data_pipeline import spool as spooling
+from data_pipeline.indexed import IndexedWriter, publish
 from data_pipeline.mixture import HELDOUT
-from data_pipeline.spool import Spool
+from data_pipeline.spool import Spool, write_safely
 
 MANIFEST_VERSION = 1
 _BATCH_TOKENS = 1 << 22
@@ -38,17 +40,36 @@ class Split:
     Args:
         prefix_of: the prefix of shard i.
         shard_tokens: a shard is full when the next document would make it larger; None: one shard.
+        state: what `save` gave, to go on from there.
     """
 
     def __init__(
-        self, prefix_of: Callable[[int], str], dtype: np.dtype, vocab_size: int, shard_tokens: int | None
+        self,
+        prefix_of: Callable[[int], str],
+        dtype: np.dtype,
+        vocab_size: int,
+        shard_tokens: int | None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self._prefix_of, self._dtype, self._shard_tokens = prefix_of, dtype, shard_tokens
-        self.counts = np.zeros(vocab_size, np.int64)
-        self.documents = self.tokens = self.text_bytes = 0
-        self.files: dict[str, dict[str, Any]] = {}
-        self._done: list[IndexedWriter] = []
-        self._writer = IndexedWriter(prefix_of(0), dtype)
+        state = state or {"counts": [0] * vocab_size, "total": [0, 0, 0], "files": {}, "shards": 0, "last": [0, 0]}
+        self.counts = np.array(state["counts"], np.int64)
+        self.documents, self.tokens, self.text_bytes = state["total"]
+        self.files: dict[str, dict[str, Any]] = state["files"]
+        self._shards: int = state["shards"]  # finished ones
+        self._writer: IndexedWriter | None = None
+        if state["last"] is not None:
+            self._writer = IndexedWriter(prefix_of(self._shards), dtype, tuple(state["last"]))
+
+    def save(self) -> dict[str, Any]:
+        """Make safe what is written; plain data from which another process can go on."""
+        return {
+            "counts": self.counts.tolist(),
+            "total": [self.documents, self.tokens, self.text_bytes],
+            "files": self.files,
+            "shards": self._shards,
+            "last": self._writer.sync() if self._writer else None,
+        }
 
     def add(self, records: np.ndarray, starts: np.ndarray, tokens: np.ndarray) -> None:
         """Append documents: slices of `tokens`."""
@@ -78,30 +99,29 @@ class Split:
             first = last
 
     def _next_shard(self) -> None:
-        self._close_shard()
-        self._writer = IndexedWriter(self._prefix_of(len(self._done)), self._dtype)
+        self.finish()
+        self._writer = IndexedWriter(self._prefix_of(self._shards), self._dtype)
 
-    def _close_shard(self) -> None:
+    def finish(self) -> None:
+        """Complete the current shard, on disk, if that was not done."""
+        if self._writer is None:
+            return
         documents, tokens = self._writer.num_documents, self._writer.num_tokens
         for path, facts in self._writer.finish().items():
             more = {"documents": documents, "tokens": tokens} if path.endswith(".bin") else {}
             self.files[os.path.basename(path)] = facts | (more if self._shard_tokens is not None else {})
-        self._writer.release()
-        self._done.append(self._writer)
-
-    def finish(self) -> None:
-        """Flush the last shard to disk."""
-        self._close_shard()
+        self._shards += 1
+        self._writer = None
 
     def publish(self) -> None:
         """Give every shard its name."""
-        for writer in self._done:
-            writer.publish()
+        for number in range(self._shards):
+            publish(self._prefix_of(number))
 
     def abandon(self) -> None:
-        """Remove what was written."""
-        for writer in {*self._done, self._writer}:
-            writer.abandon()
+        """Let go of the current shard."""
+        if self._writer is not None:
+            self._writer.abandon()
 
     def report(self) -> SplitReport:
         return SplitReport(self.documents, self.tokens, unigram_entropy(self.counts))
@@ -121,7 +141,8 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 
 class Corpus:
-    """The files of a corpus while the buckets are emptied into them. Left by an exception, they go.
+    """The files of a corpus while the buckets are emptied into them. What is done is noted in the spool's folder from
+    time to time; after a kill the next start goes on from there.
 
     Attributes: ``train``, ``heldout`` (None without a held-out split), ``duplicates`` (documents dropped).
     """
@@ -131,18 +152,24 @@ class Corpus:
         prefix: str,
         dtype: np.dtype,
         vocab_size: int,
+        spool: Spool,
         *,
         holdout: float,
         shard_tokens: int | None,
         dedup: bool,
     ) -> None:
-        self.prefix, self._limit, self._dedup = prefix, int(holdout * 2**64), dedup
+        self.prefix, self._limit, self._dedup, self._spool = prefix, int(holdout * 2**64), dedup, spool
         sharded = shard_tokens is not None
         shard: Callable[[int], str] = lambda i: f"{prefix}-{i:05d}" if sharded else prefix  # noqa: E731
-        self.train = Split(shard, dtype, vocab_size, shard_tokens)
+        state = self._read_state() or {}
+        splits = state.get("splits", {})
+        self.train = Split(shard, dtype, vocab_size, shard_tokens, splits.get("train"))
         # a held-out split is small: one file, beside the first shard
-        self.heldout = Split(lambda _: shard(0) + HELDOUT, dtype, vocab_size, None) if holdout else None
-        self.duplicates = 0
+        held: Callable[[int], str] = lambda _: shard(0) + HELDOUT  # noqa: E731
+        self.heldout = Split(held, dtype, vocab_size, None, splits.get("heldout")) if holdout else None
+        self.duplicates: int = state.get("duplicates", 0)
+        self._emptied: int = state.get("emptied", 0)  # buckets
+        self._saved = time.monotonic()
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -152,28 +179,63 @@ class Corpus:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is not None and not self._state.exists():
             for split in self.splits.values():
                 split.abandon()
 
-    def fill(self, spool: Spool) -> None:
+    @property
+    def _state(self) -> Path:
+        return self._spool.folder / "assembly.json"
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """What an earlier start noted; None where there is nothing, or not all of its files: it is then begun anew."""
+        try:
+            state = json.loads(self._state.read_text(encoding="utf-8"))
+            folder = os.path.dirname(self.prefix)
+            for split in state["splits"].values():
+                for name, facts in split["files"].items():
+                    path = os.path.join(folder, name)
+                    partial = path + ".partial"
+                    if os.path.getsize(partial if os.path.exists(partial) else path) != facts["bytes"]:
+                        raise ValueError(name)
+            return state
+        except (OSError, ValueError, KeyError):
+            self._state.unlink(missing_ok=True)
+            for path in existing(self.prefix, partial=True):
+                os.unlink(path)
+            return None
+
+    def _save(self) -> None:
+        splits = {name: split.save() for name, split in self.splits.items()}
+        write_safely(self._state, {"emptied": self._emptied, "duplicates": self.duplicates, "splits": splits})
+        self._saved = time.monotonic()
+
+    def fill(self) -> None:
         """Write every document of the spool, in order."""
-        for records, starts, tokens in spool.contents():
-            if self._dedup:
-                _, firsts = np.unique(records["hash"], axis=0, return_index=True)
-                self.duplicates += len(records) - len(firsts)
-                keep = np.sort(firsts)
-                records, starts = records[keep], starts[keep]
-            held = records["hash"][:, 0] < np.uint64(self._limit)
-            if self.heldout is not None:
-                self.heldout.add(records[held], starts[held], tokens)
-                records, starts = records[~held], starts[~held]
-            self.train.add(records, starts, tokens)
+        for number in range(self._emptied, self._spool.buckets):
+            for records, starts, tokens in self._spool.bucket(number):
+                self._add(records, starts, tokens)
+            self._emptied = number + 1
+            if time.monotonic() - self._saved > spooling.CHECKPOINT_SECONDS:
+                self._save()
+
+    def _add(self, records: np.ndarray, starts: np.ndarray, tokens: np.ndarray) -> None:
+        if self._dedup:
+            _, firsts = np.unique(records["hash"], axis=0, return_index=True)
+            self.duplicates += len(records) - len(firsts)
+            keep = np.sort(firsts)
+            records, starts = records[keep], starts[keep]
+        held = records["hash"][:, 0] < np.uint64(self._limit)
+        if self.heldout is not None:
+            self.heldout.add(records[held], starts[held], tokens)
+            records, starts = records[~held], starts[~held]
+        self.train.add(records, starts, tokens)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Publish the shards and, last, the manifest; what an earlier corpus of the name left goes."""
         for split in self.splits.values():
             split.finish()
+        self._save()  # from here on shards may have their names already
         counts = sum(split.counts for split in self.splits.values())
         manifest = {
             "format_version": MANIFEST_VERSION,
@@ -197,12 +259,14 @@ class Corpus:
         os.replace(partial, target)
 
 
-def existing(prefix: str) -> list[str]:
-    """The files of a corpus of this name that are there, the manifest first."""
+def existing(prefix: str, partial: bool = False) -> list[str]:
+    """The files of a corpus of this name that are there, the manifest first; or the unfinished ones."""
     folder, name = os.path.split(os.path.abspath(prefix))
     if not os.path.isdir(folder):
         return []
-    end = re.compile(re.escape(name) + rf"(-\d{{5}})?({re.escape(HELDOUT)})?\.(bin|idx)")
-    shards = sorted(entry for entry in os.listdir(folder) if end.fullmatch(entry))
-    manifest = [name + ".manifest.json"] if os.path.exists(prefix + ".manifest.json") else []
-    return [os.path.join(os.path.dirname(prefix), entry) for entry in manifest + shards]
+    end = re.escape(".partial") if partial else ""
+    shard = re.compile(re.escape(name) + rf"(-\d{{5}})?({re.escape(HELDOUT)})?\.(bin|idx){end}")
+    found = sorted(entry for entry in os.listdir(folder) if shard.fullmatch(entry))
+    if not partial and os.path.exists(prefix + ".manifest.json"):
+        found.insert(0, name + ".manifest.json")
+    return [os.path.join(os.path.dirname(prefix), entry) for entry in found]

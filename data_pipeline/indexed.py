@@ -13,9 +13,10 @@ import base64
 import os
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -36,6 +37,7 @@ DTYPES: dict[int, type[np.integer]] = {
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
 _LARGEST_DOCUMENT = 2**31 - 1
+_INDEX_STEP = 1 << 20  # documents whose entries are in memory at once
 _BLOCK_BYTES = 1 << 20  # each has a hash of its own in the manifest
 
 
@@ -212,27 +214,44 @@ class BlockDigests:
 
 
 class IndexedWriter:
-    """Writes a shard document by document. Nothing exists under the final names before `close`.
+    """Writes a shard document by document, in memory that does not grow. Nothing exists under the final names before
+    `close`.
 
         with IndexedWriter("corpus", np.uint16) as writer:
             writer.add(ids)                        # one document, its end-of-document token included
 
     Leaving the block by an exception removes what was written.
+
+    Args:
+        after: (tokens, documents) of an unfinished shard that `sync` made safe: it is gone on with from there.
     """
 
     def __init__(
-        self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer] = np.uint16
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: np.dtype | type[np.integer] = np.uint16,
+        after: tuple[int, int] | None = None,
     ) -> None:
         self.prefix = prefix_of(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
             raise DataError(f"{self.dtype} cannot be written to a .bin file; use uint16 or int32")
-        self.num_tokens = 0
+        self.num_tokens, self.num_documents = after or (0, 0)
         self._digest, self._blocks = xxhash.xxh3_128(), BlockDigests()
-        self._lengths = array("i")
         self._limits = np.iinfo(self.dtype)
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.prefix + ".bin.partial", "wb")
+        going_on = self.num_documents > 0
+        self._file = open(self.prefix + ".bin.partial", "r+b" if going_on else "w+b")
+        self._index = open(self.prefix + ".idx.partial", "r+b" if going_on else "w+b")
+        if going_on:
+            self._file.truncate(self.num_tokens * self.dtype.itemsize)
+            self._index.truncate(_HEADER.size + self.num_documents * 4)
+            self._index.seek(0, os.SEEK_END)
+            for data in _pieces(self._file):
+                self._digest.update(data)
+                self._blocks.update(data)
+        else:
+            self._index.write(bytes(_HEADER.size))  # the header comes last
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document. Raises DataError when an id does not fit the dtype: none is ever cut."""
@@ -240,76 +259,76 @@ class IndexedWriter:
 
     def add_many(self, ids: np.ndarray, lengths) -> None:
         """Append documents that lie one after another in `ids`; `lengths` are their numbers of tokens."""
-        ids = np.asarray(ids)
-        if int(np.sum(lengths)) != len(ids):
-            raise ValueError(f"lengths add up to {int(np.sum(lengths))}, not to {len(ids)}")
+        ids, lengths = np.asarray(ids), np.asarray(lengths, np.int64)
+        if int(lengths.sum()) != len(ids):
+            raise ValueError(f"lengths add up to {int(lengths.sum())}, not to {len(ids)}")
         if len(ids) and (int(ids.min()) < self._limits.min or int(ids.max()) > self._limits.max):
             raise DataError(
                 f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary"
             )
-        if len(lengths) and max(lengths) > _LARGEST_DOCUMENT:
+        if len(lengths) and lengths.max() > _LARGEST_DOCUMENT:
             raise DataError(
-                f"a document of {max(lengths)} tokens is longer than the format allows (2^31 - 1); split it"
+                f"a document of {lengths.max()} tokens is longer than the format allows (2^31 - 1); split it"
             )
         data = np.ascontiguousarray(ids, self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self._blocks.update(data)
-        self._lengths.extend(int(length) for length in lengths)
+        self._index.write(lengths.astype("<i4").tobytes())
         self.num_tokens += len(ids)
+        self.num_documents += len(lengths)
 
-    @property
-    def num_documents(self) -> int:
-        return len(self._lengths)
+    def sync(self) -> tuple[int, int]:
+        """Flush what is written to disk; (tokens, documents), from which another writer can go on."""
+        for file in (self._file, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+        return self.num_tokens, self.num_documents
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Write the index, flush both partial files; ``{path: {bytes, xxh3_128}}`` by final name. The .bin has
         ``blocks`` besides: the hash of each of its blocks, for those who read it by ranges."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write_index()
+        self.sync()
         self._file.close()
-        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
-        pointers = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], out=pointers[1:])
-        index = b"".join(
-            [
-                _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(lengths) + 1),
-                lengths.astype("<i4").tobytes(),
-                (pointers * self.dtype.itemsize).astype("<i8").tobytes(),
-                np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
-            ]
-        )
-        with open(self.prefix + ".idx.partial", "wb") as file:
-            file.write(index)
-            file.flush()
-            os.fsync(file.fileno())
-        size = self.num_tokens * self.dtype.itemsize
+        digest, size = xxhash.xxh3_128(), self._index.seek(0, os.SEEK_END)
+        for data in _pieces(self._index):
+            digest.update(data)
+        self._index.close()
         return {
             self.prefix + ".bin": {
-                "bytes": size,
+                "bytes": self.num_tokens * self.dtype.itemsize,
                 "xxh3_128": self._digest.hexdigest(),
                 "blocks": self._blocks.describe(),
             },
-            self.prefix + ".idx": {"bytes": len(index), "xxh3_128": xxhash.xxh3_128_hexdigest(index)},
+            self.prefix + ".idx": {"bytes": size, "xxh3_128": digest.hexdigest()},
         }
 
-    def release(self) -> None:
-        """After `finish`: let go of the memory that the index took."""
-        self._lengths = array("i")
-
-    def publish(self) -> None:
-        """Give the finished files their names. The index comes last: a shard without it is not a shard."""
-        for end in (".bin", ".idx"):
-            os.replace(self.prefix + end + ".partial", self.prefix + end)
+    def _write_index(self) -> None:
+        """The header, and what follows the lengths, which are there."""
+        count, index = self.num_documents, self._index
+        index.flush()
+        end = 0
+        for first in range(0, count, _INDEX_STEP):
+            step = min(_INDEX_STEP, count - first)
+            lengths = np.frombuffer(os.pread(index.fileno(), step * 4, _HEADER.size + first * 4), "<i4")
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            index.write(((ends - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for first in range(0, count + 1, _INDEX_STEP):
+            index.write(np.arange(first, min(first + _INDEX_STEP, count + 1), dtype="<i8").tobytes())
+        index.seek(0)
+        index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], count, count + 1))
 
     def close(self) -> None:
         """Finish and publish."""
         self.finish()
-        self.publish()
+        publish(self.prefix)
 
     def abandon(self) -> None:
         """Remove what was written."""
         self._file.close()
+        self._index.close()
         for end in (".bin.partial", ".idx.partial"):
             Path(self.prefix + end).unlink(missing_ok=True)
 
@@ -318,3 +337,18 @@ class IndexedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close() if kind is None else self.abandon()
+
+
+def publish(prefix: str) -> None:
+    """Give a finished shard its name, unless it has it already. The index comes last: a shard without it is not a
+    shard."""
+    for end in (".bin", ".idx"):
+        with suppress(FileNotFoundError):
+            os.replace(prefix + end + ".partial", prefix + end)
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """A file from its beginning to its end."""
+    file.seek(0)
+    while data := file.read(1 << 22):
+        yield data

@@ -241,16 +241,17 @@ def _why(spool: Spool) -> str:
 def _assemble(
     prefix: str, spool: Spool, model: Tokenizer, options: dict[str, Any], command: str
 ) -> PrepareReport:
-    """The second step: the spool's documents into shards. After a kill it begins again: it only copies."""
+    """The second step: the spool's documents into shards."""
     with Corpus(
         prefix,
         dtype_for(model.vocab_size),
         model.vocab_size,
+        spool,
         holdout=options["holdout"],
         shard_tokens=options["shard_tokens"],
         dedup=options["dedup"],
     ) as corpus:
-        corpus.fill(spool)
+        corpus.fill()
         corpus.finish(
             {
                 "vocab_size": model.vocab_size,

@@ -1,7 +1,9 @@
 """What `prepare` keeps on disk while it works: the encoded documents in buckets, and where it is in its input.
 
 A bucket holds the documents whose random key begins with its number, so that sorting bucket after bucket sorts the
-whole corpus: an external shuffle of bounded memory. ``PREFIX.partial/`` holds for each bucket its tokens and one
+whole corpus: an external shuffle of bounded memory. One that came out larger than memory should hold (a corpus beyond a
+quarter of a terabyte, inputs that unpack to more than was thought) is split by the next bits of the keys when it is
+emptied, and again if need be. ``PREFIX.partial/`` holds for each bucket its tokens and one
 record a document, and ``state.json``: how long every file was, and the last document that went in, when all of
 it was last flushed to disk. After a kill the files are cut to those lengths and the input goes on from there.
 """
@@ -26,6 +28,9 @@ from data_pipeline.order import _GOLDEN, _mix
 
 BUFFER_BYTES = 1 << 26  # held in memory, all buckets together
 CHECKPOINT_SECONDS = 20.0
+LARGEST_RECORDS, LARGEST_TOKENS = 1 << 27, 1 << 30  # bytes; a bucket with more is split
+SPLIT_BITS = 4
+_STEP = 1 << 18  # records that are looked at together
 EXAMPLES = 100  # bad documents that are named
 _STATE_VERSION = 1
 
@@ -33,6 +38,9 @@ RECORD = np.dtype(
     [("key", "<u8"), ("hash", "<u8", (2,)), ("length", "<i8"), ("text_bytes", "<i8")]
 )
 """A document: its place in the order, the hashes of its text, its tokens, the bytes of its text."""
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Documents in order: their records, where the tokens of each begin, and the tokens (mapped)."""
 
 
 class Spool:
@@ -124,8 +132,9 @@ class Spool:
             ) from None
         return state if state.get("version") == _STATE_VERSION else {"settings": {}}
 
-    def _paths(self, bucket: int) -> tuple[Path, Path]:
-        return self.folder / f"{bucket:04d}.tokens", self.folder / f"{bucket:04d}.records"
+    def _paths(self, bucket: int | str) -> tuple[Path, Path]:
+        name = bucket if isinstance(bucket, str) else f"{bucket:04d}"
+        return self.folder / f"{name}.tokens", self.folder / f"{name}.records"
 
     # --- filling
 
@@ -209,10 +218,7 @@ class Spool:
             "complete": complete,
             "lengths": self._lengths,
         }
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, self.folder / "state.json")
+        write_safely(self.folder / "state.json", state)
         self._saved = time.monotonic()
         self._saving = self._saved - begun
 
@@ -223,21 +229,49 @@ class Spool:
 
     # --- emptying
 
-    def bucket(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of one bucket: the records in order, where each document's tokens begin, the tokens (mapped)."""
-        tokens_path, records_path = self._paths(number)
-        if not self._lengths[number][1]:
-            return np.empty(0, RECORD), np.empty(0, np.int64), np.empty(0, self.dtype)
-        records = np.fromfile(records_path, RECORD)
-        starts = np.cumsum(records["length"]) - records["length"]
-        tokens = np.memmap(tokens_path, self.dtype, "r").view(np.ndarray)
-        order = np.argsort(records["key"], kind="stable")  # equal keys stay in the order of the input
-        return records[order], starts[order], tokens
+    def bucket(self, number: int) -> Iterator[Part]:
+        """One bucket in order, in parts that memory holds."""
+        for left in self.folder.glob("*-*.*"):  # of a split that was cut short
+            left.unlink()
+        yield from self._parts(*self._paths(number), depth=self.buckets.bit_length() - 1)
 
-    def contents(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Every bucket in order: the corpus in its final order."""
-        for number in range(self.buckets):
-            yield self.bucket(number)
+    def _parts(self, tokens_path: Path, records_path: Path, depth: int) -> Iterator[Part]:
+        """The documents of two files, whose keys have their first `depth` bits in common."""
+        size = records_path.stat().st_size if records_path.exists() else 0
+        if not size:
+            return
+        tokens = np.memmap(tokens_path, self.dtype, "r").view(np.ndarray) if tokens_path.stat().st_size else self._none
+        if self._seed is None:  # in order as it is
+            yield from _steps(records_path, tokens)
+        elif size <= LARGEST_RECORDS and tokens.nbytes <= LARGEST_TOKENS or depth + SPLIT_BITS > 64:
+            records = np.fromfile(records_path, RECORD)
+            starts = np.cumsum(records["length"]) - records["length"]
+            order = np.argsort(records["key"], kind="stable")  # equal keys stay in the order of the input
+            yield records[order], starts[order], tokens
+        else:
+            yield from self._split(records_path, tokens, depth)
+
+    def _split(self, records_path: Path, tokens: np.ndarray, depth: int) -> Iterator[Part]:
+        stem = f"{records_path.stem}-{depth}"
+        parts = [self._paths(f"{stem}.{part:02d}") for part in range(2**SPLIT_BITS)]
+        shift, mask = np.uint64(64 - depth - SPLIT_BITS), np.uint64(2**SPLIT_BITS - 1)
+        for records, starts, _ in _steps(records_path, tokens):
+            which = (records["key"] >> shift) & mask
+            for part in np.unique(which).tolist():
+                chosen = np.flatnonzero(which == part)
+                spans = zip(starts[chosen].tolist(), records["length"][chosen].tolist(), strict=True)
+                with open(parts[part][0], "ab") as ids, open(parts[part][1], "ab") as file:
+                    for start, length in spans:
+                        ids.write(tokens[start : start + length].tobytes())
+                    file.write(records[chosen].tobytes())
+        for paths in parts:
+            yield from self._parts(*paths, depth + SPLIT_BITS)
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    @property
+    def _none(self) -> np.ndarray:
+        return np.empty(0, self.dtype)
 
     def close(self, remove: bool) -> None:
         """Let go of the folder, and remove it."""
@@ -246,6 +280,16 @@ class Spool:
             (self.folder / "state.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def _steps(records_path: Path, tokens: np.ndarray) -> Iterator[Part]:
+    """The documents of a file as they lie there, some at a time."""
+    start = 0
+    with open(records_path, "rb") as file:
+        while len(records := np.fromfile(file, RECORD, _STEP)):
+            starts = start + np.cumsum(records["length"]) - records["length"]
+            yield records, starts, tokens
+            start += int(records["length"].sum())
 
 
 def sweep(folder: str) -> None:
@@ -263,6 +307,14 @@ def sweep(folder: str) -> None:
 def place(file: str, line: int, reason: str) -> str:
     """``file:line: reason``."""
     return f"{file}:{line}: {reason}" if line else f"{file}: {reason}"
+
+
+def write_safely(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON that is on disk whole, or as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data), encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import encode, spool
+from data_pipeline import assemble, encode, spool
 from data_pipeline import prepare as module
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.filters import parse_filters
@@ -191,7 +191,10 @@ def test_tables(folder: Path, tmp_path: Path) -> None:
 OPTIONS = dict(holdout=0.2, shuffle_seed=9, dedup=True, shard_tokens=4000, progress=False)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(folder: Path, tmp_path: Path, small: None) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "LARGEST_RECORDS", 20 * spool.RECORD.itemsize)  # some buckets are split
     raw = tmp_path / "raw"
     raw.mkdir()
     lines = (folder / "raw" / "0.jsonl").read_bytes(), (folder / "raw" / "1.jsonl").read_bytes()
@@ -230,6 +233,75 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(folder: Path, tmp_path
     except DataError as error:
         assert "is there already" in str(error)
     assert contents(tmp_path / "killed") == expected
+
+
+def test_buckets_too_large_for_memory_are_split(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to single documents and into equal ones, with the bytes that one bucket gives."""
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text("".join(json.dumps({"text": sample}) + "\n" for sample in [*TEXTS, *TEXTS[:99], *TEXTS[:30]]))
+    for dedup in (True, False):
+        options = dict(shuffle_seed=4, dedup=dedup, shard_tokens=3000, holdout=0.1)
+        prepare([doubled], tmp_path / f"whole{dedup}" / "out", folder / "tok.model", **options)
+        monkeypatch.setattr(module, "BUCKET_BYTES", 1 << 30)
+        monkeypatch.setattr(spool, "LARGEST_RECORDS", 3 * spool.RECORD.itemsize)
+        largest, original = [], spool.Spool._parts
+
+        def parts(self: spool.Spool, *args, original=original, largest=largest, **kwargs):
+            for part in original(self, *args, **kwargs):
+                largest.append(len(part[0]))
+                yield part
+
+        monkeypatch.setattr(spool.Spool, "_parts", parts)
+        prepare([doubled], tmp_path / f"split{dedup}" / "out", folder / "tok.model", **options)
+        monkeypatch.setattr(spool.Spool, "_parts", original)
+        assert max(largest) <= 3
+        assert contents(tmp_path / f"split{dedup}") == contents(tmp_path / f"whole{dedup}")
+
+
+def test_without_a_shuffle_it_is_read_in_steps(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(folder / "raw", tmp_path / "whole" / "out", folder / "tok.model", shard_tokens=3000)
+    monkeypatch.setattr(spool, "_STEP", 7)
+    prepare(folder / "raw", tmp_path / "steps" / "out", folder / "tok.model", shard_tokens=3000)
+    assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
+
+
+def test_the_last_step_goes_on_too(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after every third bucket, and while shards get their names, it empties no bucket twice."""
+    options = dict(shuffle_seed=4, shard_tokens=3000, holdout=0.1)
+    prepare(folder / "raw", tmp_path / "whole" / "out", folder / "tok.model", **options)
+    emptied: list[int] = []
+    original, publish = spool.Spool.bucket, assemble.publish
+
+    def bucket(self: spool.Spool, number: int):
+        if len(emptied) % 4 == 3:
+            emptied.append(-1)
+            raise OSError(28, "No space left on device")
+        emptied.append(number)
+        return original(self, number)
+
+    def named(prefix: str) -> None:
+        publish(prefix)
+        if len(list((tmp_path / "cut").glob("*.idx"))) == 2 and -2 not in emptied:
+            emptied.append(-2)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool.Spool, "bucket", bucket)
+    monkeypatch.setattr(assemble, "publish", named)
+    for _ in range(99):
+        try:
+            prepare(folder / "raw", tmp_path / "cut" / "out", folder / "tok.model", **options)
+            break
+        except DataError:
+            pass
+    buckets = [number for number in emptied if number >= 0]
+    assert buckets == list(range(len(buckets))) and emptied.count(-1) >= 3 and emptied.count(-2) == 1
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
