@@ -1,1 +1,1 @@
-"""To and from Hugging Face's JetMoE: names, configuration, files, tokenizer. Importing it imports nothing."""
+"""To and from Hugging Face's models: names, configuration, files, tokenizer. Importing it imports nothing."""

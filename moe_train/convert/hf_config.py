@@ -1,114 +1,66 @@
-"""Hugging Face's ``config.json`` of a JetMoE, to and from our model config. Needs no torch.
+"""Hugging Face's ``config.json`` to and from our model config. Needs no torch.
 
-Two dialects are read: that of transformers, and that of the authors' code, whose names transformers
-swallows silently while it keeps its own defaults. What would change the mathematics and has no counterpart
-here is refused.
+The dialect of transformers is read, and for JetMoE that of the authors' code too, whose names transformers swallows
+silently while it keeps its own defaults. What would change the mathematics and has no counterpart here is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
+from moe_train.convert.families import FAMILIES, JETMOE, Family
 from moe_train.errors import UserError
-from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig, RouterConfig
-
-DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "num_hidden_layers": 12,
-    "num_key_value_heads": 16,
-    "kv_channels": 128,
-    "intermediate_size": 5632,
-    "max_position_embeddings": 4096,
-    "activation_function": "silu",
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "aux_loss_coef": 0.01,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.01,
-}
-"""What transformers' JetMoeConfig takes for a key that config.json leaves out."""
-
-SYNONYMS = {
-    "num_layers": "num_hidden_layers",
-    "moe_num_experts": "num_local_experts",
-    "moe_top_k": "num_experts_per_tok",
-    "ffn_hidden_size": "intermediate_size",
-    "head_dim": "kv_channels",
-}
-"""Names of the authors' configuration (and one alias) -> transformers'."""
+from moe_train.model.config import ModelConfig
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
-
-Z_COEF_KEY, SCOPE_KEY = "router_z_loss_coef", "router_loss_scope"
-"""Keys of our own, for router losses that transformers' JetMoE does not have: it carries them unread."""
-
-_MUST_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model_type": (lambda value: value == "jetmoe", "only jetmoe is converted"),
-    "bias": (lambda value: value is True, "JetMoE's blocks here always have their bias"),
-    "glu": (lambda value: value is True, "the MLP experts here are always gated"),
-    "attention_dropout": (lambda value: value == 0, "there is no dropout here"),
-    "rope_scaling": (lambda value: value is None, "scaled rotary embeddings are not supported"),
-    "quantization_config": (lambda value: value is None, "quantised weights are not converted"),
-}
 
 
 def model_config(values: dict[str, Any], source: str) -> ModelConfig:
     """The model that a ``config.json`` describes.
 
     Args:
-        values: its content.
+        values: its content; without a ``model_type`` it is taken for a JetMoE.
         source: its path, for errors.
 
     Raises:
         UserError: a key has a wrong type, contradicts another, or asks for what this model cannot do.
     """
-    for key, (allowed, reason) in _MUST_BE.items():
+    family = _family_of_file(values, source)
+    for key, (allowed, reason) in family.must_be.items():
         if key in values and not allowed(values[key]):
             raise UserError(f"{source}: {key}: {values[key]!r}: {reason}")
-    values = _with_one_name_each(values, source)
-    theta = _rope_theta(values, source)
-    value = {key: values.get(key, default) for key, default in DEFAULTS.items()}
-    _check_heads(values, value, source)
-    if value["activation_function"] not in ACTIVATIONS:
-        raise UserError(
-            f"{source}: activation_function: {value['activation_function']!r} is not one of"
-            f" {', '.join(ACTIVATIONS)}"
-        )
-    experts = {"num_experts": value["num_local_experts"], "top_k": value["num_experts_per_tok"]}
-    router = {"load_balancing_coef": value["aux_loss_coef"]}
-    if Z_COEF_KEY in values:
-        router["z_coef"] = values[Z_COEF_KEY]
-    elif isinstance(value["aux_loss_coef"], int | float):
-        router["z_coef"] = value["aux_loss_coef"] / 10  # as the authors weight it
-    if SCOPE_KEY in values:
-        router["scope"] = values[SCOPE_KEY]
+    values = _with_one_name_each(values, family, source)
+    values["rope_theta"] = _rope_theta(values, family, source)
+    values = {**family.defaults, **values}
+    if problem := family.complete(values):
+        key, reason = problem
+        raise UserError(f"{source}: {key}: {values[key]!r} {reason}")
+    activation = family.keys["mlp.activation"]
+    if values[activation] not in ACTIVATIONS:
+        raise UserError(f"{source}: {activation}: {values[activation]!r} is not one of {', '.join(ACTIVATIONS)}")
+    values[activation] = ACTIVATIONS[values[activation]]
+    ours = {key: values[theirs] for key, theirs in family.keys.items() if theirs in values}
     try:
-        return ModelConfig(
-            vocab_size=value["vocab_size"],
-            hidden_size=value["hidden_size"],
-            num_layers=value["num_hidden_layers"],
-            attention=MixtureOfAttentionConfig(
-                num_kv_heads=value["num_key_value_heads"], head_dim=value["kv_channels"], **experts
-            ),
-            mlp=MixtureOfMLPConfig(
-                ffn_hidden_size=value["intermediate_size"],
-                activation=ACTIVATIONS[value["activation_function"]],
-                **experts,
-            ),
-            router=RouterConfig(**router),
-            norm_eps=value["rms_norm_eps"],
-            rope_theta=theta,
-            max_sequence_length=value["max_position_embeddings"],
-            init_std=value["initializer_range"],
-            tie_embeddings=value["tie_word_embeddings"],
-        )
+        return ModelConfig.model_validate(_nested(ours | family.fixed))
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(error)}") from None
+        raise UserError(f"{source}: {_first_problem(error, family)}") from None
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of Hugging Face's that can express a model. Raises UserError, one line, where there is none."""
+    ours = _flat(config)
+    kinds = ("attention.kind", "mlp.kind")
+    reasons = []
+    for family in FAMILIES:
+        if all(family.fixed[kind] == ours[kind] for kind in kinds):
+            reason = _misfit(family, ours) or _routers_differ(config) or family.unfit(config)
+            if reason is None:
+                return family
+            reasons.append(f"Hugging Face's {family.name}: {reason}")
+    kind = " and ".join(f"{key} {ours[key]}" for key in kinds)
+    raise UserError(f"this model cannot be exported: {'; '.join(reasons) or f'no model there has {kind}'}")
 
 
 def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
@@ -119,41 +71,18 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None
         special_ids: bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-        UserError: transformers' JetMoE cannot express this model.
+        UserError: transformers cannot express this model.
     """
-    attention, mlp = config.attention, config.mlp
-    for key in ("num_experts", "top_k"):
-        one, other = getattr(attention, key), getattr(mlp, key)
-        if one != other:
-            raise UserError(
-                f"attention.{key} {one} and mlp.{key} {other} differ, and Hugging Face's JetMoE has one"
-                " number for both: this model cannot be exported"
-            )
+    family = family_of(config)
+    ours = _flat(config)
     return {
-        "architectures": ["JetMoeForCausalLM"],
-        "model_type": "jetmoe",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": attention.num_kv_heads,
-        "num_attention_heads": attention.num_kv_heads * attention.top_k,
-        "kv_channels": attention.head_dim,
-        "num_local_experts": mlp.num_experts,
-        "num_experts_per_tok": mlp.top_k,
-        "intermediate_size": mlp.ffn_hidden_size,
-        "activation_function": mlp.activation,
-        "max_position_embeddings": config.max_sequence_length,
-        "rms_norm_eps": config.norm_eps,
-        # Both spellings: transformers 5 reads the first, transformers 4 and others the second.
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{theirs: ours[key] for key, theirs in family.keys.items()},
+        # Both spellings: transformers 5 reads this one, transformers 4 and others rope_theta.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "initializer_range": config.init_std,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_embeddings,
-        "output_router_logits": False,
-        "aux_loss_coef": config.router.load_balancing_coef,
-        Z_COEF_KEY: config.router.z_coef,
-        SCOPE_KEY: config.router.scope,
+        **family.extra(config),
         "use_cache": True,
         **special_ids,
         "dtype": dtype,
@@ -161,10 +90,31 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None
     }
 
 
-def _with_one_name_each(values: dict[str, Any], source: str) -> dict[str, Any]:
+def _family_of_file(values: dict[str, Any], source: str) -> Family:
+    kind = values.get("model_type", JETMOE.model_type)
+    known = {family.model_type: family for family in FAMILIES}
+    if kind not in known:
+        raise UserError(f"{source}: model_type: {kind!r}: what is converted is {', '.join(known)}")
+    return known[kind]
+
+
+def _misfit(family: Family, ours: dict[str, Any]) -> str | None:
+    """Why a model is not one of this family."""
+    for key, value in family.fixed.items():
+        if ours[key] != value:
+            return f"{key} is always {str(value).lower()}, not {str(ours[key]).lower()}"
+    said: dict[str, str] = {}
+    for key, theirs in family.keys.items():
+        other = said.setdefault(theirs, key)
+        if ours[other] != ours[key]:
+            return f"{other} {ours[other]} and {key} {ours[key]} differ, and it has one key for both, {theirs}"
+    return None
+
+
+def _with_one_name_each(values: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
     """Synonyms replaced by transformers' names; both given must agree."""
     values = dict(values)
-    for synonym, name in SYNONYMS.items():
+    for synonym, name in family.synonyms.items():
         if synonym not in values:
             continue
         given = values.pop(synonym)
@@ -175,52 +125,51 @@ def _with_one_name_each(values: dict[str, Any], source: str) -> dict[str, Any]:
     return values
 
 
-def _rope_theta(values: dict[str, Any], source: str) -> Any:
+def _rope_theta(values: dict[str, Any], family: Family, source: str) -> Any:
     """theta, from ``rope_parameters`` or ``rope_theta``."""
+    default = family.defaults["rope_theta"]
     given = values.get("rope_theta")
     parameters = values.get("rope_parameters")
     if parameters is None:
-        return 10000.0 if given is None else given
+        return default if given is None else given
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise UserError(f"{source}: rope_parameters: {parameters!r}: only rope_type default is supported")
-    theta = parameters.get("rope_theta", 10000.0 if given is None else given)
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{source}: rope_parameters: {parameters!r}: whole heads are turned here, not parts")
+    theta = parameters.get("rope_theta", default if given is None else given)
     if given is not None and given != theta:
         raise UserError(f"{source}: rope_theta: {given!r} contradicts rope_parameters.rope_theta: {theta!r}")
     return theta
 
 
-def _check_heads(values: dict[str, Any], value: dict[str, Any], source: str) -> None:
-    """The query heads are the kv heads times the experts of a token; else the file is another model's."""
-    heads, kv, top_k = (
-        values.get("num_attention_heads"),
-        value["num_key_value_heads"],
-        value["num_experts_per_tok"],
-    )
-    if heads is not None and isinstance(kv, int) and isinstance(top_k, int) and heads != kv * top_k:
-        raise UserError(
-            f"{source}: num_attention_heads: {heads!r} is not num_key_value_heads {kv} x"
-            f" num_experts_per_tok {top_k} = {kv * top_k}"
-        )
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` -> ``{"a": {"b": 1}}``."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        part, _, name = key.rpartition(".")
+        (result.setdefault(part, {}) if part else result)[name] = value
+    return result
 
 
-_THEIR_KEY = {
-    "num_layers": "num_hidden_layers",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "kv_channels",
-    "num_experts": "num_local_experts",
-    "top_k": "num_experts_per_tok",
-    "ffn_hidden_size": "intermediate_size",
-    "load_balancing_coef": "aux_loss_coef",
-    "z_coef": Z_COEF_KEY,
-    "scope": SCOPE_KEY,
-    "norm_eps": "rms_norm_eps",
-    "max_sequence_length": "max_position_embeddings",
-    "init_std": "initializer_range",
-    "tie_embeddings": "tie_word_embeddings",
-}
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    """The way back of :func:`_nested`; ``router`` is the one that the mixtures have."""
+    own = [config.router_of(part) for part in ("mlp", "attention") if getattr(config, part).num_experts]
+    parts = config.model_dump() | {"router": (own or [config.router])[0].model_dump()}
+    parts = {key: value if isinstance(value, dict) else {"": value} for key, value in parts.items()}
+    return {
+        f"{part}.{name}" if name else part: value for part, inner in parts.items() for name, value in inner.items()
+    }
 
 
-def _first_problem(error: ValidationError) -> str:
+def _routers_differ(config: ModelConfig) -> str | None:
+    if config.attention.num_experts and config.mlp.num_experts:
+        if config.router_of("attention") != config.router_of("mlp"):
+            return "the routers of attention and mlp differ"
+    return None
+
+
+def _first_problem(error: ValidationError, family: Family) -> str:
     problem = error.errors()[0]
-    key = str(problem["loc"][-1]) if problem["loc"] else ""
-    return f"{_THEIR_KEY.get(key, key)}: {problem['input']!r}: {problem['msg']}"
+    path = [str(key) for key in problem["loc"]]
+    key = ".".join([path[0], path[-1]] if len(path) > 1 else path)  # without the kind between them
+    return f"{family.keys.get(key, key)}: {problem['input']!r}: {problem['msg']}"

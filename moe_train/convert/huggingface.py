@@ -1,6 +1,6 @@
-"""``moe-train checkpoint convert``: a JetMoE from and to Hugging Face's format, bit for bit.
+"""``moe-train checkpoint convert``: from and to Hugging Face's format, bit for bit.
 
-One tensor is in memory at a time on the way in, one file's worth on the way out. Needs neither a GPU nor
+One parameter is in memory at a time on the way in, one file's worth on the way out. Needs neither a GPU nor
 megatron-core.
 """
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def from_hf(source: str | Path, out: str | Path) -> int:
     Every tensor of the folder must be one of the model's, with its shape, and the other way round.
 
     Raises:
-        UserError: the folder is not that of a JetMoE that can be expressed here, or ``out`` exists.
+        UserError: the folder's model is none that can be expressed here, or ``out`` exists.
         DamagedError: a file cannot be read.
     """
     _need("safetensors")
@@ -49,16 +50,20 @@ def from_hf(source: str | Path, out: str | Path) -> int:
     reader = FolderReader(source)
     pairs = counterparts(config)
     _account_for_all(reader, pairs, config, source)
-    dtypes = {pair.name: reader.dtype(pair.hf_name) for pair in pairs}
-    for pair in pairs:
-        if not dtypes[pair.name].is_floating_point:
-            raise UserError(
-                f"{source}: tensor {pair.hf_name} is {dtypes[pair.name]}: quantised weights are not converted"
-            )
+    dtypes = _dtypes(reader, pairs, source)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for pair in _track(pairs, "reading"):
-            yield pair.name, reader.read(pair.hf_name).view(pair.shape)
+        import torch
+
+        for name, parts in _track(_by_parameter(pairs), "reading"):
+            if not parts[0].index:
+                yield name, reader.read(parts[0].hf_name).view(parts[0].shape)
+                continue
+            whole = torch.empty(parts[0].shape, dtype=dtypes[name])
+            for part in parts:
+                place = whole[part.index]
+                place.copy_(reader.read(part.hf_name).view(place.shape))
+            yield name, whole
 
     write_weights(out, config, tensors(), dtypes, tokenizer=find_tokenizer(source))
     print(
@@ -100,8 +105,11 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
         write_json(folder / "config.json", hf_config(reader.config, dtype, ids))
         write_json(folder / "generation_config.json", _generation_config(ids))
         writer = FolderWriter(folder, shard_bytes or SHARD_BYTES)
-        for pair in _track(pairs, "writing"):
-            writer.add(pair.hf_name, reader.read(pair.name).view(pair.hf_shape))
+        for name, parts in _track(_by_parameter(pairs), "writing"):
+            whole = reader.read(name)
+            for part in parts:
+                theirs = part.theirs(whole)
+                writer.add(part.hf_name, theirs.clone() if part.index else theirs)  # a file holds no part of another
         writer.close()
     print(
         f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())},"
@@ -110,6 +118,26 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
     if remark:
         print(f"note: {remark}")
     return 0
+
+
+def _by_parameter(pairs: list[Counterpart]) -> list[tuple[str, list[Counterpart]]]:
+    """Each parameter of ours with the tensors that make it up."""
+    return [(name, list(parts)) for name, parts in groupby(pairs, key=lambda pair: pair.name)]
+
+
+def _dtypes(reader: FolderReader, pairs: list[Counterpart], source: Path) -> dict[str, torch.dtype]:
+    """Our name -> type; the tensors that make up one parameter have one."""
+    dtypes: dict[str, torch.dtype] = {}
+    for pair in pairs:
+        dtype = reader.dtype(pair.hf_name)
+        if not dtype.is_floating_point:
+            raise UserError(f"{source}: tensor {pair.hf_name} is {dtype}: quantised weights are not converted")
+        if dtypes.setdefault(pair.name, dtype) != dtype:
+            raise UserError(
+                f"{source}: tensor {pair.hf_name} is {dtype}, others of {pair.name} are {dtypes[pair.name]};"
+                " they become one parameter and must have one type"
+            )
+    return dtypes
 
 
 def _account_for_all(
