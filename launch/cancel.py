@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Callable
 
 from launch import controller
 from launch.journal import Journal
 from moe_train.errors import HardwareError, UserError
 from moe_train.training.run_folder import RunFolder
+from parallel.spawn import REPEAT_SECONDS
 
 _POLL_SECONDS = 1.0
 
@@ -23,6 +27,9 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
     if not journal.jobs():
         raise UserError(f"{run_dir} was not submitted by moe-train launch; touch {folder.stop_path} to have a run save and stop")
     live = _live(journal)
+    if not live and journal.launcher() is not None:
+        _end_launcher(journal, folder, now, timeout)
+        return
     if not live:
         print(f"no job of {run_dir} is waiting or running")
         return
@@ -34,15 +41,41 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
         print(f"cancelled job {', '.join([*waiting, *running])}")
         return
     print(f"job {', '.join(running)}: asked to save", flush=True)
+    if not _ends(journal, folder, lambda: any(job in running for job in _live(journal)), timeout):
+        left = [job for job in _live(journal) if job in running]
+        controller.cancel(left)
+        raise HardwareError(f"job {', '.join(left)} did not save within {timeout:.0f} s: cancelled; the last checkpoint stays")
+    _tell(folder, "moe-train launch slurm")
+
+
+def _end_launcher(journal: Journal, folder: RunFolder, now: bool, timeout: float) -> None:
+    """End a run that a process of this machine starts again and again."""
+    pid = journal.launcher()
+    journal.cancel_path.touch()
+    print(f"process {pid}: asked to {'end' if now else 'save'}", flush=True)
+    if now:
+        for _ in range(2):  # the second signal ends without saving
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(2 * REPEAT_SECONDS)
+    if not _ends(journal, folder, lambda: journal.launcher() is not None, timeout):
+        raise HardwareError(f"process {pid} did not save within {timeout:.0f} s: it goes on; --now ends it")
+    _tell(folder, "moe-train launch local (or hostfile)")
+
+
+def _ends(journal: Journal, folder: RunFolder, running: Callable[[], bool], timeout: float) -> bool:
+    """Ask the run to save until it is over; False where that takes longer than `timeout`."""
     deadline = time.monotonic() + timeout
-    while (left := [job for job in _live(journal) if job in running]) and journal.over() is None:
+    while journal.over() is None and running():
         if time.monotonic() > deadline:
-            controller.cancel(left)
-            raise HardwareError(f"job {', '.join(left)} did not save within {timeout:.0f} s: cancelled; the last checkpoint stays")
-        folder.stop_path.touch()  # again and again: a run that was still starting clears it
+            return False
+        folder.stop_path.touch()  # again and again: a run that was about to start has cleared it
         time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _tell(folder: RunFolder, command: str) -> None:
     outcome = folder.read_outcome()
-    print(f"ended at step {outcome.get('step')}: {outcome.get('reason')}; moe-train launch slurm goes on from there")
+    print(f"ended at step {outcome.get('step')}: {outcome.get('reason')}; {command} goes on from there")
 
 
 def _live(journal: Journal) -> dict[str, str]:

@@ -62,6 +62,31 @@ def local(
     return launch(run, list(overrides or []), nproc=nproc, max_restarts=max_restarts)
 
 
+@app.command("hostfile", context_settings=OVERRIDES)
+def hostfile(
+    hosts: Annotated[str, typer.Argument(metavar="HOSTFILE", help="Machines, a line each: name slots=8.")],
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Machines to use; the others are spare ones.")] = None,
+    nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes on each, instead of slots.")] = None,
+    rsh: Annotated[str, typer.Option(metavar="COMMAND", help="Gets a host and a command line, and hands stdin on.")] = "ssh",
+    max_restarts: Annotated[
+        Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
+    ] = None,
+) -> Optional[int]:
+    """Train on machines that a hostfile names, and start again after failures.
+
+    They share the disk, see this folder under the same path, and let you in without a password.
+
+    \b
+    moe-train launch hostfile hosts.txt run.yaml
+    moe-train launch hostfile hosts.txt run.yaml --nodes 12 --rsh "ssh -p 2222"
+    """
+    from launch.hostfile import launch
+
+    return launch(hosts, run, list(overrides or []), nodes=nodes, nproc=nproc, rsh=rsh, max_restarts=max_restarts)
+
+
 @app.command("status")
 def status(
     run_dir: RunDir,

@@ -110,11 +110,12 @@ class Job:
         )
         return ["-m", "launch.preflight", settings.to_json()]
 
-    def variables(self) -> dict[str, str]:
-        """The environment variables that the run's YAML files name, with their values."""
-        files = {self.run_file, Path(self.config.data.mixture)}
-        names = {name for path in files for name in _VARIABLE.findall(path.read_text(encoding="utf-8"))}
-        return {name: os.environ[name] for name in sorted(names) if name in os.environ}
+
+def named_variables(run_file: Path, config: RunConfig) -> dict[str, str]:
+    """The environment variables that the run's YAML files name, with their values here."""
+    files = {run_file, Path(config.data.mixture)}
+    names = {name for path in files for name in _VARIABLE.findall(path.read_text(encoding="utf-8"))}
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 
 def load_job(

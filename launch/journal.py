@@ -1,6 +1,6 @@
 """What the launcher remembers of a run, in its folder: `launch/`. Readable when Slurm has forgotten the jobs.
 
-    jobs.jsonl      each submission: job, nodes, time limit, price
+    jobs.jsonl      each submission: job (or process of this machine), nodes, time limit, price
     starts.jsonl    each start and end of the batch script, with status, reason and what came next
     over.json       why no later job is to start the run again
     cancel          somebody asked for the end
@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
-from moe_train.training.run_folder import append_line, now, read_lines
+from moe_train.training.fence import born
+from moe_train.training.run_folder import append_line, now, read_lines, write_atomically
 
 
 class Journal:
@@ -50,6 +52,17 @@ class Journal:
             return json.loads((self.folder / "over.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def finish(self, code: int, reason: str) -> None:
+        """Note that no job is to start the run again."""
+        write_atomically(self.folder / "over.json", json.dumps({"code": code, "reason": reason, "job": None}) + "\n")
+
+    def launcher(self) -> int | None:
+        """The process of this machine that starts the run again and again (`launch local`, `launch hostfile`), if it is alive."""
+        last = (self.jobs() or [{}])[-1]
+        if last.get("host") == socket.gethostname() and last.get("born") is not None and born(last["pid"]) == last["born"]:
+            return last["pid"]
+        return None
 
     def clear(self) -> None:
         """Forget how the last submission ended: a new one counts afresh."""

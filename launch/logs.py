@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.5
 def logs(run_dir: str, *, rank: int | None = None, follow: bool = False, tail: int = 100) -> None:
     """Print the last `tail` lines of the run's log (0: all), and with `follow` what comes after, until the run is over.
 
-    The job's own log has what the batch script and rank 0 say; the other ranks have files of their own.
+    A job's own log has what the batch script and rank 0 say; each rank has a file of its own.
 
     Raises UserError: there is no such log.
     """
@@ -33,9 +33,11 @@ def logs(run_dir: str, *, rank: int | None = None, follow: bool = False, tail: i
 
 
 def find_log(run_dir: Path, rank: int | None = None) -> Path:
-    """The newest log of the jobs, or that of a rank > 0."""
+    """The newest log of the jobs (of a run without jobs: rank 0's), or that of a rank."""
     folder = run_dir / "logs"
-    if rank:
+    if rank is None and Journal(run_dir).jobs()[-1:] and Journal(run_dir).jobs()[-1].get("job") is None:
+        rank = 0  # which says on the terminal what it writes there
+    if rank is not None:
         path = rank_log_path(folder, rank)
         if path.exists():
             return path

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from importlib import resources
 
-from launch.job import Job
+from launch.cluster import ClusterConfig
+from launch.job import Job, named_variables
 from moe_train.errors import UserError
 from moe_train.units import format_time
 
@@ -26,7 +28,7 @@ def render(job: Job) -> str:
         "LEAD": str(job.lead),
         "MAX_RESTARTS": str(job.cluster.max_restarts),
         "CHAIN": "1" if job.chain > 1 else "0",
-        "ENVIRONMENT": "\n".join(environment(job)),
+        "ENVIRONMENT": "\n".join(environment(job.cluster, named_variables(job.run_file, job.config))),
         "ALERTS": "\n".join(alerts(job)),
         "STALL": str(math.ceil(job.config.faults.step_timeout / 2)),
         "CHECK": check_command(job),
@@ -65,13 +67,12 @@ def directives(job: Job) -> list[str]:
     return lines + list(cluster.sbatch)
 
 
-def environment(job: Job) -> list[str]:
-    """Lines of shell that set up what the ranks inherit."""
-    cluster = job.cluster
+def environment(cluster: ClusterConfig, named: Mapping[str, str]) -> list[str]:
+    """Lines of shell that set up what the ranks inherit; `named` are the variables that the run's files name."""
     lines = [f"module load {' '.join(cluster.modules)}"] if cluster.modules else []
     if cluster.venv:
         lines += [f"export VIRTUAL_ENV={shlex.quote(cluster.venv)}", 'export PATH="$VIRTUAL_ENV/bin:$PATH"']
-    variables = {**job.variables(), **cluster.env}
+    variables = {**named, **cluster.env}
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     if cluster.scratch:
         lines.append(f"export TMPDIR={shlex.quote(cluster.scratch)}")

@@ -61,9 +61,11 @@ def launch(
 def _refuse_second(journal: Journal) -> None:
     """One job (or chain) a folder: a second one would take the run away from the first."""
     live = [name for name, (state, _) in controller.states(journal.job_ids()).items() if state in controller.LIVE]
-    if live:
+    pid = journal.launcher()
+    if live or pid is not None:
+        holder = f"job {', '.join(sorted(live))}" if live else f"process {pid}"
         raise UserError(
-            f"{journal.run_dir} has job {', '.join(sorted(live))} already; watch it with moe-train launch status, "
+            f"{journal.run_dir} has {holder} already; watch it with moe-train launch status, "
             "or end it with moe-train launch cancel"
         )
 

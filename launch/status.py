@@ -46,7 +46,8 @@ def collect(run_dir: str) -> dict[str, Any]:
     last = metrics[-1] if metrics else {}
     live = {job: state for job, state in controller.states(journal.job_ids()).items() if state[0] in controller.LIVE}
     over = journal.over()
-    state, reason = _state(over, live, outcome, folder)
+    launcher = journal.launcher()
+    state, reason = _state(over, live, outcome, folder, launcher)
     job = next((job for job, (name, _) in live.items() if name == "RUNNING"), None) or (jobs[-1]["job"] if jobs else None)
     total = _total_tokens(folder, jobs)
     rates = [line["tokens_per_second"] for line in metrics[-50:] if line.get("tokens_per_second")]
@@ -60,6 +61,7 @@ def collect(run_dir: str) -> dict[str, Any]:
         "reason": reason,
         "over": over is not None,
         "job": job,
+        "process": launcher,
         "queue": {name: f"{word} {where}" for name, (word, where) in live.items()},
         "nodes": starting[-1].get("nodes") if starting else None,
         "step": last.get("step"),
@@ -86,6 +88,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("run", found["run"]),
         ("state", found["state"] + (f": {found['reason']}" if found["reason"] else "")),
         ("job", ", ".join(f"{job} {state}" for job, state in found["queue"].items()) or found["job"]),
+        ("process", found["process"]),
         ("nodes", found["nodes"]),
         ("progress", f"step {found['step']}, {format_count(tokens)}{share}, phase {found['phase']}" if found["step"] else None),
         ("loss", f"{found['loss']:.4f}" if found["loss"] is not None else None),
@@ -112,11 +115,13 @@ def _cost(found: dict[str, Any]) -> str | None:
     return f"{found['dollars_so_far']:,.2f} so far{to_go}"
 
 
-def _state(over: dict | None, live: dict, outcome: dict, folder: RunFolder) -> tuple[str, str | None]:
+def _state(over: dict | None, live: dict, outcome: dict, folder: RunFolder, launcher: int | None) -> tuple[str, str | None]:
     if over is not None:
         return ("complete", None) if over["code"] == 0 else ("stopped" if over["code"] == 3 else "failed", over["reason"])
     states = {state for state, _ in live.values()}
     if states & {"RUNNING", "COMPLETING"}:
+        return "running", None
+    if launcher is not None:
         return "running", None
     if live:
         return "queued", next(where for _, where in live.values())

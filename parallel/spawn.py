@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.rank import (
@@ -90,15 +90,18 @@ def tell(result: SpawnResult, log_dir: Path | str | None = None) -> None:
     sys.stderr.flush()
 
 
-def spawn_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str | None = None) -> SpawnResult:
+def spawn_ranks(
+    nproc: int, target: str, args: list | dict, log_dir: Path | str | None = None, first: RankEnv | None = None
+) -> SpawnResult:
     """Start `nproc` fresh interpreters that each call `target(*args)` (a dict: `**args`) and wait for them.
 
     Args:
         target: `package.module:function`, importable here; it returns None or an int status.
         args: what JSON can carry.
         log_dir: gets `rank_00001.log` and so on; rank 0 keeps this terminal.
+        first: the place of the first of them in a world that other machines have the rest of; None: these are all.
 
-    Each rank has torch's `env://` variables for a rendezvous on 127.0.0.1, no stdin, and a share of the cores in
+    Each rank has torch's `env://` variables (without `first` for a rendezvous on 127.0.0.1), no stdin, and a share of the cores in
     `OMP_NUM_THREADS` unless that is set. SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT or SIGTERM kills
     the ranks. Call it from the main thread: signals are passed on from there alone, and the ranks die with the
     thread that started them.
@@ -112,7 +115,7 @@ def spawn_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str 
     before = _catch_signals(received)
     try:
         with tempfile.TemporaryDirectory(prefix="ranks-") as error_dir:
-            group = _Group(nproc, target, args, log_dir, Path(error_dir), received)
+            group = _Group(nproc, target, args, log_dir, Path(error_dir), received, first)
             return group.wait()
     finally:
         for number, handler in before.items():
@@ -130,6 +133,7 @@ class _Group:
         log_dir: Path | str | None,
         error_dir: Path,
         received: list[tuple[int, float]],
+        first: RankEnv | None,
     ):
         self.error_dir = error_dir
         self.log_dir = log_dir
@@ -140,17 +144,16 @@ class _Group:
         payload = {"target": target, "args": args, "log_dir": None if log_dir is None else str(log_dir)}
         path = "\n".join(entry or os.getcwd() for entry in _import_path())
         command = [sys.executable, "-c", _BOOT, path, str(os.getpid()), json.dumps(payload)]
-        port = _free_port()
-        self.processes: list[subprocess.Popen] = []
+        first = first or RankEnv(0, nproc, 0, nproc, "127.0.0.1", _free_port(), "env")
+        self.processes: dict[int, subprocess.Popen] = {}  # by rank
         try:
-            for rank in range(nproc):
-                env = dict(os.environ)
-                env.update(RankEnv(rank, nproc, rank, nproc, "127.0.0.1", port, "env").variables())
+            for local in range(nproc):
+                rank, env = first.rank + local, dict(os.environ)
+                env.update(replace(first, rank=rank, local_rank=local).variables())
                 env[ERROR_DIR] = str(error_dir)
                 env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
                 # A session of its own: Ctrl-C reaches a rank once, through us, not twice.
-                process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-                self.processes.append(process)
+                self.processes[rank] = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         except BaseException:
             self._kill()
             raise
@@ -176,7 +179,7 @@ class _Group:
     def _poll(self) -> bool:
         """Note the ranks that have ended; whether one of them failed."""
         failed = False
-        for rank, process in enumerate(self.processes):
+        for rank, process in self.processes.items():
             if rank not in self.ended and process.poll() is not None:
                 self.ended[rank] = time.time()
             if rank in self.ended and process.returncode != 0:
@@ -186,7 +189,7 @@ class _Group:
 
     def _stop_the_rest(self, seconds: float) -> None:
         """Let the others settle, then ask, then kill."""
-        alive = [p for r, p in enumerate(self.processes) if r not in self.ended]
+        alive = [p for r, p in self.processes.items() if r not in self.ended]
         if self.stopped_at is None and seconds > SETTLE_SECONDS:
             self.stopped_at = time.time()
             hang = self.log_dir is not None and self._first_failure().code == EXIT_LOST_RANK
@@ -210,16 +213,16 @@ class _Group:
                 else:
                     continue
             self.forwarded.add(number)
-            for rank, process in enumerate(self.processes):
+            for rank, process in self.processes.items():
                 if rank not in self.ended:
                     process.send_signal(number)
         return False
 
     def _kill(self) -> None:
-        for process in self.processes:
+        for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
-        for process in self.processes:
+        for process in self.processes.values():
             process.wait()
         _show_cursor()
 
@@ -259,7 +262,7 @@ class _Group:
 
     def _result(self) -> SpawnResult:
         if not self._failures():
-            stopped = any(process.returncode == EXIT_STOPPED for process in self.processes)
+            stopped = any(process.returncode == EXIT_STOPPED for process in self.processes.values())
             return SpawnResult(EXIT_STOPPED if stopped else 0, "")
         first = self._first_failure()
         return SpawnResult(first.code, first.message, first.rank, first.traceback)

@@ -54,7 +54,7 @@ class Owner:
         """Whether the process can still be there: known on its own host, not ruled out elsewhere unless it
         said that it ended."""
         return self.ended is None and (
-            self.host != socket.gethostname() or (self.born is not None and _born(self.pid) == self.born)
+            self.host != socket.gethostname() or (self.born is not None and born(self.pid) == self.born)
         )
 
 
@@ -93,7 +93,7 @@ class Fence:
                 socket.gethostname(),
                 os.getpid(),
                 os.getppid(),
-                _born(os.getpid()),
+                born(os.getpid()),
                 now(),
             )
             _write(folder, owner)
@@ -156,7 +156,7 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _born(pid: int) -> int | None:
+def born(pid: int) -> int | None:
     """When a process of this machine was started, in ticks since the machine was; None where there is
     none."""
     try:

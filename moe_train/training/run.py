@@ -31,7 +31,7 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
             starter = "srun" if ranks.launcher == "slurm" else "torchrun"
             raise UserError(f"--nproc {nproc}: this process is rank {ranks.rank} of {ranks.world_size} that {starter} started; leave --nproc out")
         ranks.export()
-        return run_rank(TARGET, _payload(config, resume), RunFolder(config.output_dir).logs)
+        return run_rank(*rank_target(config, resume))
     gpus = local_gpus()
     nproc = nproc or gpus or 1
     if 0 < gpus < nproc:
@@ -46,7 +46,7 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     if done:
         print(done)
         return 0
-    result = spawn_ranks(nproc, TARGET, _payload(config, resume), folder.logs)
+    result = spawn_ranks(nproc, *rank_target(config, resume))
     tell(result, folder.logs)
     if not taken_over(folder.path, since):
         folder.settle(result.code, result.message or REASONS.get(result.code, "a rank failed"), since)
@@ -61,6 +61,11 @@ REASONS = {
     5: "a rank was lost or hung",
     6: "stopped by policy",
 }
+
+
+def rank_target(config: RunConfig, resume: str) -> tuple[str, dict[str, Any], Path]:
+    """What each rank of a run calls: the function, its arguments, and the folder of the ranks' logs."""
+    return TARGET, _payload(config, resume), RunFolder(config.output_dir).logs
 
 
 def train_rank(config: dict[str, Any], resume: str) -> int:

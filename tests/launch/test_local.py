@@ -29,12 +29,12 @@ def records(folder: Path, name: str) -> list[dict]:
 def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
     process = start(runs.write_run(tmp_path, steps=300))
     owner = tmp_path / "run/owner.json"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while len(records(tmp_path, "metrics.jsonl")) < 20:
         assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
-    said, _ = process.communicate(timeout=90)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "restart 1" in said and "resumed from" in said
     assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
@@ -46,5 +46,5 @@ def test_a_mistake_is_not_started_again(tmp_path: Path) -> None:
     path = runs.write_run(tmp_path)
     (tmp_path / "web.bin").unlink()
     process = start(path)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 2 and "web.bin" in said and "restart 1" not in said

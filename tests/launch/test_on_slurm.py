@@ -14,8 +14,12 @@ from tests.launch.launched import ROOT, Launched
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm, tmp_path_factory):
-    """A run whose time is up after two minutes; the other tests go on meanwhile. Longer than anybody waits for."""
-    run = Launched(slurm, tmp_path_factory.mktemp("limited"), steps=500_000, cluster={"warning": "60s"})
+    """A run whose time is up after two minutes, and longer than anybody waits for; the other tests go on meanwhile, before it."""
+    folder = tmp_path_factory.mktemp("limited")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec nice -n 19 {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    run = Launched(slurm, folder, steps=500_000, cluster={"warning": "60s", "python": str(python)})
     run.submit("--time", "2m")
     yield run
     run.launch("cancel", "--now", str(run.folder))
