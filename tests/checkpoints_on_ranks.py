@@ -24,7 +24,7 @@ def _checkpointer(built, folder: str, **config: Any):
 
     chunks, _, optimizer, _, topology = built
     said: list[str] = []
-    options = {name: config.pop(name) for name in ("may_commit", "saved") if name in config}
+    options = {name: config.pop(name) for name in ("may_commit", "saved", "tokenizer") if name in config}
     checkpointer = Checkpointer(
         Path(folder), CheckpointConfig(**config), chunks, optimizer, topology, warn=said.append, **options
     )
@@ -44,6 +44,16 @@ def train_and_save(layout: dict, folder: str, precision: str, steps: int = 2) ->
     checkpointer.finish()
 
 
+def save_each_step(layout: dict, folder: str, steps: int, tokenizer: str) -> None:
+    """Take steps and save after each, with a tokenizer."""
+    built = _built(layout, "fp32")
+    checkpointer, _ = _checkpointer(built, folder, tokenizer=Path(tokenizer))
+    for step in range(1, steps + 1):
+        run_steps(built, range(step - 1, step), small_model().vocab_size)
+        checkpointer.save(step, _state(step))
+    checkpointer.finish()
+
+
 def load_and_save(layout: dict, source: str, folder: str, precision: str) -> int:
     """Load into a model that began otherwise, and save what is there then; the optimizer's count of steps."""
     from moe_train.checkpoint.load import load_checkpoint
@@ -55,6 +65,31 @@ def load_and_save(layout: dict, source: str, folder: str, precision: str) -> int
     checkpointer.save(state["step"], _state(state["step"]))
     checkpointer.finish()
     return optimizer.steps_taken
+
+
+def load_each(layout: dict, sources: list[str], steps: int, more: int) -> tuple[list[str], list[dict]]:
+    """Load each checkpoint into a model and an optimizer that hold nothing but NaN: a hash of what this rank
+    holds then. And the figures of ``more`` steps of micro-batches of one sequence from the last."""
+    import xxhash
+
+    from moe_train.checkpoint.load import load_checkpoint
+
+    built = _built(layout, "fp32", seed=99)
+    chunks, stepper, optimizer, _, topology = built
+    stepper.micro_batch_size = 1
+    weights = [each.placement.valid(each.detach()) for chunk in chunks for each in chunk.parameters()]
+    moments = [each for shard in optimizer.shards() for each in (shard.exp_avg, shard.exp_avg_sq)]
+    hashes = []
+    for source in sources:
+        for tensor in (*weights, *moments):
+            tensor.fill_(torch.nan)
+        state = load_checkpoint(Path(source), chunks, optimizer, topology)
+        assert state["step"] == steps == optimizer.steps_taken
+        digest = xxhash.xxh3_128()
+        for tensor in (*weights, *moments):
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        hashes.append(digest.hexdigest())
+    return hashes, run_steps(built, range(steps, steps + more), small_model().vocab_size, micro_batch=1)
 
 
 def weights_after_loading(source: str, precision: str) -> dict[str, torch.Tensor]:

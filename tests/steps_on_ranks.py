@@ -82,7 +82,7 @@ def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch:
     return run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
 
 
-def save(layout: dict, folder: str, steps: int, more: int, **options) -> list[dict]:
+def save(layout: dict, folder: str, steps: int, more: int, micro_batch: int = MICRO_BATCH, **options) -> list[dict]:
     """Take ``steps`` steps, save to ``folder``, take ``more``; the figures of the latter."""
     from pathlib import Path
 
@@ -91,11 +91,12 @@ def save(layout: dict, folder: str, steps: int, more: int, **options) -> list[di
 
     config = small_model()
     built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
-    run_steps(built, range(steps), config.vocab_size)
+    built[1].micro_batch_size = micro_batch
+    run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
     chunks, _, optimizer, _, topology = built
     checkpointer = Checkpointer(Path(folder), CheckpointConfig(), chunks, optimizer, topology)
     checkpointer.save(steps, {"step": steps, "samples": steps * GLOBAL_BATCH, "tokens": 0})
-    figures = run_steps(built, range(steps, steps + more), config.vocab_size)
+    figures = run_steps(built, range(steps, steps + more), config.vocab_size, micro_batch=micro_batch)
     checkpointer.wait()
     return figures
 
