@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_train.convert.huggingface import to_hf
+from moe_train.checkpoint.weights import WeightsReader
+from moe_train.convert.huggingface import from_hf, to_hf
 from moe_train.convert.names import counterparts
 from moe_train.model.config import (
     DenseMLPConfig,
@@ -17,6 +18,7 @@ from moe_train.model.config import (
     ModelConfig,
     RouterConfig,
 )
+from tests.moe_train.convert.test_families import hf_folder
 from tests.small_checkpoint import random_weights, write_checkpoint
 from tests.small_models import llama, mixtral, olmoe
 
@@ -145,6 +147,26 @@ def test_loss_and_gradients(both):
         grad, expected = pair.theirs(ours[pair.name]), theirs[pair.hf_name]
         error = (grad - expected).abs().max().item()
         assert error <= 2e-5 * expected.abs().max().item() + 1e-6 * largest, (pair.hf_name, error)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])
+def test_a_folder_of_transformers_computes_the_same_here(tmp_path, topology, family):
+    from transformers import AutoModelForCausalLM
+
+    from moe_train.checkpoint.load import load_checkpoint
+    from moe_train.model.build import build_model
+    from moe_train.model.options import ModelOptions
+
+    source = hf_folder(tmp_path / "source", family, torch.float32)
+    from_hf(source, tmp_path / "ours")
+    model = build_model(WeightsReader(tmp_path / "ours").config, topology, ModelOptions())[0]
+    load_checkpoint(tmp_path / "ours", [model], None, topology)
+    twin = AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager")
+    ids = torch.randint(0, 41, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = model(ids), twin(ids, use_cache=False).logits
+    assert theirs.abs().max() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
 def test_documents_of_a_window_are_apart(topology):
