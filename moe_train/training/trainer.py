@@ -98,10 +98,20 @@ class Trainer:
             return True
         return self.position.samples + self.next_batch_size() > self.stream.num_samples
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether this rank looks at token ids: the ends of the pipeline embed and predict them; with a document mask every
+        stage must know where documents start."""
+        ends = self.topology.pipeline_rank == 0 or self.topology.is_last_pipeline_rank
+        return ends or self.config.document_end is not None
+
     def read_micro_batches(self) -> list[torch.Tensor]:
-        """This data rank's micro-batches of the next step, ``[micro_batch_size, S + 1]`` each."""
+        """This data rank's micro-batches of the next step, ``[micro_batch_size, S + 1]`` each; zeros where no token is
+        needed, and none is read."""
         training = self.config.training
         count = self.next_batch_size() // (training.micro_batch_size * self.topology.layout.data)
+        if self.loader is None:
+            return [self.unread] * count
         return [torch.from_numpy(next(self.loader)).to(self.topology.device) for _ in range(count)]
 
     def run_state(self) -> dict:
@@ -139,7 +149,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the reading thread."""
-        self.loader.close()
+        if self.loader is not None:
+            self.loader.close()
 
     # ---- building
 
@@ -192,14 +203,18 @@ class Trainer:
         else:
             self.ledger = Ledger.start(mixture, sources)
         self.stream = SampleStream(self.ledger, sources)
-        self.loader = Loader(
-            self.stream,
-            self.position.samples,
-            lambda samples: config.training.batch_size(samples * mixture.sequence_length),
-            config.training.micro_batch_size,
-            self.topology.data_rank,
-            self.topology.layout.data,
-        )
+        self.loader = None
+        if self.needs_tokens:
+            self.loader = Loader(
+                self.stream,
+                self.position.samples,
+                lambda samples: config.training.batch_size(samples * mixture.sequence_length),
+                config.training.micro_batch_size,
+                self.topology.data_rank,
+                self.topology.layout.data,
+            )
+        shape = config.training.micro_batch_size, mixture.sequence_length + 1
+        self.unread = torch.zeros(shape, dtype=torch.int64, device=self.topology.device)
         self.schedule = LearningRate(
             config.schedule, config.optimizer.lr, self.stream.num_samples * mixture.sequence_length, config.tokens_per_step
         )
