@@ -1,4 +1,4 @@
-"""Small models of the families that transformers has too, besides JetMoE; whatever differs between their sizes differs."""
+"""Small models of other families than JetMoE. Two ranks divide their heads, experts and layers."""
 
 from __future__ import annotations
 
@@ -56,3 +56,8 @@ def skywork(**changes) -> ModelConfig:
 
 
 SMALL = {"llama": llama, "mixtral": mixtral, "olmoe": olmoe, "skywork": skywork}
+
+
+def changes(config: ModelConfig) -> dict:
+    """A model as keyword arguments, for functions that run on ranks."""
+    return {name: getattr(config, name) for name in ModelConfig.model_fields}

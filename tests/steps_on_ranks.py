@@ -82,14 +82,16 @@ def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch:
     return run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
 
 
-def save(layout: dict, folder: str, steps: int, more: int, micro_batch: int = MICRO_BATCH, **options) -> list[dict]:
+def save(
+    layout: dict, folder: str, steps: int, more: int, micro_batch: int = MICRO_BATCH, model: dict | None = None, **options
+) -> list[dict]:
     """Take ``steps`` steps, save to ``folder``, take ``more``; the figures of the latter."""
     from pathlib import Path
 
     from moe_train.checkpoint.config import CheckpointConfig
     from moe_train.checkpoint.save import Checkpointer
 
-    config = small_model()
+    config = small_model(**(model or {}))
     built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
     built[1].micro_batch_size = micro_batch
     run_steps(built, range(steps), config.vocab_size, micro_batch=micro_batch)
@@ -101,13 +103,15 @@ def save(layout: dict, folder: str, steps: int, more: int, micro_batch: int = MI
     return figures
 
 
-def resume(layout: dict, checkpoints: list[str], steps: int, more: int, **options) -> list[list[dict]]:
+def resume(
+    layout: dict, checkpoints: list[str], steps: int, more: int, model: dict | None = None, **options
+) -> list[list[dict]]:
     """From each checkpoint, built with other initial weights: the figures of ``more`` steps."""
     from pathlib import Path
 
     from moe_train.checkpoint.load import load_checkpoint
 
-    config = small_model()
+    config = small_model(**(model or {}))
     figures = []
     for checkpoint in checkpoints:
         built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, seed=77, **options)
