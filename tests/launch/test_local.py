@@ -1,4 +1,4 @@
-"""`launch local`: the run is started again after a failure, and not when that would change nothing."""
+"""`launch local` and `launch hostfile`: started again after a failure, and not when that would change nothing; alerts, cancel."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import pytest
+
+from launch.hosts import read_hostfile
+from launch.supervise import Stall
+from moe_train.cli import main
+from moe_train.errors import UserError
 from tests.launch import runs
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300
+"""Seconds for whatever happens within seconds on a machine that has nothing else to do."""
 
 
-def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moe_train", "launch", "local", str(path), "--nproc", "1", *arguments]
+def start(path: Path, *arguments: str, verb: tuple[str, ...] = ("local",)) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moe_train", "launch", *verb, str(path), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -26,25 +37,149 @@ def records(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
-    process = start(runs.write_run(tmp_path, steps=300))
-    owner = tmp_path / "run/owner.json"
-    end = time.monotonic() + 300
-    while len(records(tmp_path, "metrics.jsonl")) < 20:
+def until(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
         assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
-    said, _ = process.communicate(timeout=300)
+
+
+@pytest.fixture
+def webhook():
+    """A server on this machine: (its URL, the messages that it got)."""
+    messages: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/hook?a=1&b=2", messages
+    server.shutdown()
+
+
+def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, webhook, capsys) -> None:
+    """With the nodes looked at, and everybody told, by a command and by a webhook."""
+    url, messages = webhook
+    alert = tmp_path / "alert"
+    alert.write_text(f'#!/bin/sh\necho "$2" >> "{tmp_path}/alerts"\n')
+    alert.chmod(0o755)
+    cluster = {"preflight": {"free_gigabytes": 0.001}, "alert_command": f"{alert} word", "alert_webhook": url, "dollars_per_gpu_hour": 1.0}
+    process = start(runs.write_run(tmp_path, cluster, steps=300), "--nproc", "1")
+    until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
+    os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "restart 1" in said and "resumed from" in said
     assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
     notes = records(tmp_path, "launch/starts.jsonl")
     assert [note["next"] for note in notes if note["kind"] == "end"] == ["start", "over"]
+    assert (tmp_path / "alerts").read_text().splitlines() == messages
+    lost, over = messages
+    assert "killed by SIGKILL" in lost and "restart 1" in lost and over == "run: the run is over, status 0: complete"
+    assert json.loads((tmp_path / "run/launch/preflight.json").read_text())["bad"] == {}
+
+    assert main(["launch", "status", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "complete" and found["step"] == 300 and len(found["restarts"]) == 1 and found["dollars_so_far"] > 0
+    assert main(["launch", "logs", str(tmp_path / "run"), "--follow"]) == 0
+    assert "complete: step 300" in capsys.readouterr().out
 
 
 def test_a_mistake_is_not_started_again(tmp_path: Path) -> None:
     path = runs.write_run(tmp_path)
     (tmp_path / "web.bin").unlink()
-    process = start(path)
-    said, _ = process.communicate(timeout=300)
+    process = start(path, "--nproc", "1")
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and "web.bin" in said and "restart 1" not in said
+
+
+def test_cancel_saves_first_and_a_second_launcher_is_refused(tmp_path: Path, capsys) -> None:
+    path = runs.write_run(tmp_path, {"preflight": None}, steps=20_000)
+    process = start(path, "--nproc", "1")
+    until(process, lambda: records(tmp_path, "metrics.jsonl"))
+    assert main(["launch", "status", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "state     running" in shown and f"process   {process.pid}" in shown
+    assert main(["launch", "local", str(path)]) == 2
+    assert f"is run by process {process.pid} already" in capsys.readouterr().err
+    canceller = start(tmp_path / "run", verb=("cancel",))
+    said, _ = process.communicate(timeout=PATIENCE)
+    told, _ = canceller.communicate(timeout=PATIENCE)
+    assert process.returncode == 3 and canceller.returncode == 0, said + told
+    step = records(tmp_path, "metrics.jsonl")[-1]["step"]
+    assert f"ended at step {step}" in told
+    assert json.loads((tmp_path / "run/launch/over.json").read_text()) == {"code": 3, "reason": "cancelled", "job": None}
+    assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == step
+
+
+def test_a_stall_and_a_recovery_are_told_once(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    stall = Stall(metrics, 0.2)
+    assert stall.look() is None
+    metrics.touch()
+    os.utime(metrics, (time.time() + 1, time.time() + 1))  # a step of this start
+    assert stall.look() is None
+    time.sleep(1.5)
+    assert "stalls: no step for" in stall.look() and stall.look() is None
+    os.utime(metrics)
+    assert stall.look() == "recovered: it makes steps again" and stall.look() is None
+
+
+RSH = """#!/bin/sh
+# What ssh does for `ssh HOST COMMAND`, on this machine: a shell that gets the command line, and our stdin.
+echo "$1" >> {folder}/hosts.log
+shift
+exec sh -c "$*"
+"""
+
+
+def test_the_machines_of_a_hostfile_train_together(tmp_path: Path) -> None:
+    """Two machines that are this one under two names, of which one loses its rank."""
+    rsh = tmp_path / "rsh"
+    rsh.write_text(RSH.format(folder=tmp_path))
+    rsh.chmod(0o755)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1   # the same machine\n")
+    path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 0.001}}, steps=300, parallel={"expert": 2})
+    process = start(path, "--rsh", str(rsh), verb=("hostfile", str(hosts)))
+    until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
+    os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "restart 1" in said and "preflight: 2 nodes are fit; all-reduce" in said, said
+    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
+    reached = (tmp_path / "hosts.log").read_text().split()
+    assert sorted(reached) == ["127.0.0.1"] * 4 + ["localhost"] * 4  # preflight and ranks, twice
+    assert [note["nodes"] for note in records(tmp_path, "launch/starts.jsonl") if note["kind"] == "start"][1] == "127.0.0.1,localhost"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("a slots=8\nb slots=8\n", ["a", "b"]), ("# pdsh\nn[08-10,2]x\n\n", ["n08x", "n09x", "n10x", "n2x"])],
+)
+def test_hostfiles(tmp_path: Path, text: str, names: list[str]) -> None:
+    (tmp_path / "hosts").write_text(text)
+    assert [(host.name, host.ranks) for host in read_hostfile(str(tmp_path / "hosts"), 8)] == [(name, 8) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a slots=8\nb slot=8\n", "hosts:2: 'b slot=8': write a name, or name slots=8"),
+        ("a\n", "hosts:1: a has no slots"),
+        ("a slots=1\na slots=1\n", "hosts:2: a stands there twice"),
+        ("a slots=1\nb slots=2\n", "machines with different slots"),
+        ("# none\n", "names no machine"),
+    ],
+)
+def test_mistakes_in_a_hostfile_name_its_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_hostfile(str(tmp_path / "hosts"), None)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

