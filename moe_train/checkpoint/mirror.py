@@ -3,7 +3,8 @@ no torch.
 
 A copy is made of committed checkpoints, in a thread of rank 0, while training goes on. Its hash of the
 manifest is written last, after every file was read back and compared: an object store has no rename, so that
-is what makes a copy whole. When the run's own disk is gone, the newest whole copy is fetched."""
+is what makes a copy whole. When the run's own disk is gone, the newest whole copy is fetched. The lines of
+metrics.jsonl up to then come along."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from moe_train.checkpoint.folder import WRITING, commit, is_checkpoint_name, ste
 from moe_train.checkpoint.manifest import MANIFEST, MANIFEST_HASH, check_files, flush, read_manifest
 from moe_train.errors import DamagedError, UserError
 
+METRICS = "metrics.jsonl"
 _BLOCK = 1 << 23
 
 
@@ -73,6 +75,9 @@ class Mirror:
         for name, entry in entries.items():
             if self._hash(posixpath.join(there, name)) != entry["xxh3_128"]:
                 raise DamagedError(f"{there}/{name} is not what was copied there")
+        metrics = path.parent.parent / METRICS
+        if metrics.exists():  # every line up to this checkpoint is in it
+            self._files.put_file(str(metrics), posixpath.join(there, METRICS))
         self._files.put_file(str(path / MANIFEST_HASH), posixpath.join(there, MANIFEST_HASH))
 
     def prune(self) -> None:
@@ -111,6 +116,7 @@ class Mirror:
             except (DamagedError, OSError) as error:
                 fault = str(error)
             if fault is None:
+                self._fetch_metrics(name, folder.parent / METRICS)
                 commit(folder / name, writing)
                 return folder / name
             shutil.rmtree(writing, ignore_errors=True)
@@ -118,6 +124,14 @@ class Mirror:
         if faults:
             raise DamagedError(f"{self.url} holds no copy that is whole ({'; '.join(faults)})")
         return None
+
+    def _fetch_metrics(self, name: str, target: Path) -> None:
+        """The lines that were there when the copy was made, unless there are some here."""
+        there = posixpath.join(self._at(name), METRICS)
+        if not target.exists() and self._files.exists(there):
+            part = target.with_suffix(".part")
+            self._files.get_file(there, str(part))
+            part.rename(target)
 
     def _at(self, name: str) -> str:
         return posixpath.join(self._root, name)

@@ -149,6 +149,18 @@ def test_a_killed_rank_ends_the_run_with_5_and_it_resumes(complete, cut):
     assert [line[:8] for line in arithmetic(metrics(cut / "run"))] == [line[:8] for line in arithmetic(metrics(complete / "run"))]
 
 
+def test_a_run_whose_disk_is_gone_goes_on_from_the_object_store(complete, tmp_path, s3):
+    write_corpora(tmp_path)
+    place = f"checkpoint.copy_to={s3}"
+    status, said = run(tmp_path, place, "training.max_steps=16")
+    assert status == 0, said
+    shutil.rmtree(tmp_path / "run")
+    status, said = run(tmp_path, place)
+    assert status == 0 and "holds no whole checkpoint; iter_0000016 was fetched from s3://" in said, said
+    assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
+    assert (tmp_path / "run/config.2.yaml").exists()  # the count of starts goes on
+
+
 def test_weights_alone_start_a_new_run(complete, tmp_path):
     write_corpora(tmp_path)
     source = complete / "run/checkpoints/iter_0000040"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -43,7 +44,9 @@ class WarmServer:
         """`moe-train ARGUMENTS` in ``folder``, running."""
         self._count += 1
         output = f"{self._said.name}/{self._count}"
-        return WarmStart(self, self.ask(start=arguments, folder=str(folder), output=output), Path(output))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pid = self.ask(start=arguments, folder=str(folder), output=output, environment=environment)
+        return WarmStart(self, pid, Path(output))
 
     def ask(self, **request: Any) -> Any:
         """Send a request to the process and wait for its answer."""
@@ -132,6 +135,8 @@ def _as_start(request: dict[str, Any]) -> int:
     from moe_train import cli
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.environ.clear()
+    os.environ.update(request["environment"])
     os.chdir(request["folder"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -156,14 +161,10 @@ def _end_with(run) -> NoReturn:
 
 def _serve() -> None:
     """Answer requests, one line of JSON each, until nobody asks any more."""
-    from parallel import engine, spawn
+    from parallel import spawn
 
-    import moe_train.cli  # noqa: F401
-    import moe_train.training.loop  # noqa: F401
-    import moe_train.training.run  # noqa: F401
-    import moe_train.training.trainer  # noqa: F401
-
-    assert engine
+    for module in ("parallel.engine", "moe_train.cli", "moe_train.training.run", "moe_train.training.loop"):
+        importlib.import_module(module)
     spawn.subprocess = type("subprocess", (), {**vars(subprocess), "Popen": _Forked})
     gc.collect()
     gc.freeze()

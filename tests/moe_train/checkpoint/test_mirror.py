@@ -20,11 +20,10 @@ from moe_train.errors import DamagedError, UserError
 from tests.moe_train.checkpoint.conftest import add_checkpoint
 
 
-@pytest.fixture(params=["folder", "object store"])
+@pytest.fixture(params=["folder", "s3"])
 def mirror(request, tmp_path) -> Mirror:
-    url = str(tmp_path / "second") if request.param == "folder" else f"memory://{tmp_path}/second"
-    yield Mirror(url, keep_last=2)
-    fsspec.filesystem("memory").store.clear()
+    url = str(tmp_path / "second") if request.param == "folder" else request.getfixturevalue("s3") + "/second"
+    return Mirror(url, keep_last=2)
 
 
 def files(mirror: Mirror) -> fsspec.AbstractFileSystem:
