@@ -315,6 +315,47 @@ def checkpoint_convert(
     return _status(huggingface.from_hf(*from_hf) if from_hf else huggingface.to_hf(*to_hf))  # type: ignore[misc]
 
 
+@checkpoint_app.command("upcycle")
+def checkpoint_upcycle(
+    dense: Annotated[
+        str, typer.Argument(metavar="DENSE", help="A checkpoint, a run's folder, or a Hugging Face folder of a dense model.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new checkpoint.")],
+    experts: Annotated[int, typer.Option("--experts", metavar="N", help="Copies of each MLP.")],
+    top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Experts that a token uses.")] = 2,
+    router_std: Annotated[
+        float, typer.Option("--router-std", metavar="S", help="Standard deviation of the new routers' weights.")
+    ] = 0.01,
+    noise: Annotated[
+        float, typer.Option("--noise", metavar="R", help="Noise on each copy, as a part of its weights' standard deviation.")
+    ] = 0.0,
+    reinitialize: Annotated[
+        float, typer.Option("--reinitialize", metavar="P", help="Part of each copy's hidden channels that is drawn anew.")
+    ] = 0.0,
+    router: Annotated[
+        Optional[List[str]],
+        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new model's `router`; may be given often."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the routers and of what is drawn.")] = 1234,
+    keep_optimizer: Annotated[
+        bool, typer.Option("--keep-optimizer", help="Carry over the optimizer's state and where the run stood.")
+    ] = False,
+) -> Optional[int]:
+    """Make a mixture of experts out of a dense model: each expert a copy of its MLP. It computes what the dense model does.
+
+    \b
+    moe-train checkpoint upcycle runs/dense upcycled --experts 8 --top-k 2
+    moe-train checkpoint upcycle llama-1b upcycled --experts 16 --router normalize_logits=true
+    """
+    from moe_train.convert.upcycle import read_router_keys, upcycle
+
+    return _status(
+        upcycle(
+            dense, out, experts, top_k, router_std, noise, reinitialize, seed, read_router_keys(router or []), keep_optimizer
+        )
+    )
+
+
 @app.command(context_settings=OVERRIDES)
 def score(
     checkpoint: Checkpoint,

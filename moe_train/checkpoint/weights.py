@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,12 +81,20 @@ class WeightsReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
+    @property
+    def optimizer_kinds(self) -> list[str]:
+        """What is stored of each parameter beside its weight: ``exp_avg``, ``exp_avg_sq``, and ``main`` of a run in bf16."""
+        return [kind for kind in ("main", "exp_avg", "exp_avg_sq") if f"{kind}.{self.names[0]}" in self._metadata.state_dict_metadata]
+
     def read(self, name: str, exact: bool = False) -> torch.Tensor:
         """One whole parameter, in the precision it was stored in; ``exact``: its fp32 main parameter where
         there is one."""
-        shape, key = self.shapes[name], PREFIX + name
-        if exact and f"main.{name}" in self._metadata.state_dict_metadata:
-            key = f"main.{name}"
+        main = exact and f"main.{name}" in self._metadata.state_dict_metadata
+        return self.read_kind("main" if main else "weights", name)
+
+    def read_kind(self, kind: str, name: str) -> torch.Tensor:
+        """The whole of ``weights.NAME``, ``exp_avg.NAME``, ..., in the precision it was stored in."""
+        shape, key = self.shapes[name], f"{kind}.{name}"
         tensor = torch.empty(shape, dtype=self._metadata.state_dict_metadata[key].properties.dtype)
         piece = Piece(key, shape, (0,) * len(shape), shape, tensor.dtype, lambda: tensor)
         read_pieces(self.path, [piece], self._metadata)
@@ -110,6 +118,33 @@ def write_weights(
     Raises:
         UserError: ``path`` exists, or cannot be written.
     """
+    shapes = config.parameter_shapes()
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+    entries = [Entry(PREFIX + name, shape, dtypes[name]) for name, shape in shapes.items()]
+    write_entries(path, config, entries, ((PREFIX + name, tensor) for name, tensor in tensors), tokenizer, extra_state)
+
+
+class Entry(NamedTuple):
+    """A global tensor of a checkpoint: its key (``weights.NAME``, ``exp_avg.NAME``, ...), shape and precision."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def write_entries(
+    path: str | Path,
+    config: ModelConfig,
+    entries: list[Entry],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    tokenizer: Path | None = None,
+    extra_state: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint of exactly these ``entries``; ``tensors`` come in their order, by key, one in memory at a time.
+
+    Raises:
+        UserError: ``path`` exists, or cannot be written.
+    """
     path = Path(path)
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
         raise UserError(f"{path} exists already: choose another folder")
@@ -117,7 +152,7 @@ def write_weights(
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        _write(writing, config, iter(tensors), dtype, tokenizer, extra_state or {})
+        _write(writing, config, entries, iter(tensors), tokenizer, extra_state or {})
         if path.exists():
             path.rmdir()
         writing.rename(path)
@@ -162,45 +197,36 @@ def extract_weights(checkpoint: str | Path, out: str | Path, precision: str | No
 def _write(
     folder: Path,
     config: ModelConfig,
+    entries: list[Entry],
     tensors: Iterator[tuple[str, torch.Tensor]],
-    dtype: torch.dtype | Mapping[str, torch.dtype],
     tokenizer: Path | None,
     extra_state: dict[str, Any],
 ) -> None:
     """Write all files of the checkpoint into ``folder``."""
-    shapes = config.parameter_shapes()
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     pieces = [
-        Piece(
-            PREFIX + name,
-            shape,
-            (0,) * len(shape),
-            shape,
-            dtypes[name],
-            lambda name=name, shape=shape: _next(tensors, name, shape, dtypes[name]),
-        )
-        for name, shape in shapes.items()
+        Piece(each.key, each.shape, (0,) * len(each.shape), each.shape, each.dtype, lambda each=each: _next(tensors, each))
+        for each in entries
     ]
     written = write_pieces(folder, 0, pieces)
-    entries = written.entries | write_metadata(folder, merge_plans([plan(pieces)]), [written])
+    files = written.entries | write_metadata(folder, merge_plans([plan(pieces)]), [written])
     state = {
         "format_version": FORMAT_VERSION,
         "step": 0,
         "samples": 0,
         "tokens": 0,
-        "precision": _PRECISIONS.get(dtypes["embedding.weight"], "fp32"),
+        "precision": _PRECISIONS.get(entries[0].dtype, "fp32"),
         "model": config.model_dump(mode="json"),
         **extra_state,
     }
     (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / tokenizer.name)
-    entries |= describe(folder, [file.name for file in folder.iterdir() if file.name not in entries])
-    write_manifest(folder, entries)
+    files |= describe(folder, [file.name for file in folder.iterdir() if file.name not in files])
+    write_manifest(folder, files)
 
 
-def _next(stream, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    found, tensor = next(stream)
-    if found != name or tuple(tensor.shape) != shape:
-        raise ValueError(f"expected {name} of shape {shape}, got {found} of {tuple(tensor.shape)}")
-    return tensor.to(dtype)
+def _next(tensors: Iterator[tuple[str, torch.Tensor]], entry: Entry) -> torch.Tensor:
+    key, tensor = next(tensors)
+    if key != entry.key or tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"expected {entry.key} of shape {entry.shape}, got {key} of {tuple(tensor.shape)}")
+    return tensor.to(entry.dtype)

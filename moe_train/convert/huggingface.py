@@ -37,40 +37,66 @@ def from_hf(source: str | Path, out: str | Path) -> int:
         UserError: the folder's model is none that can be expressed here, or ``out`` exists.
         DamagedError: a file cannot be read.
     """
-    _need("safetensors")
     from moe_train.checkpoint.weights import write_weights
-    from moe_train.convert.hf_config import model_config
-    from moe_train.convert.hf_files import FolderReader, read_json
-    from moe_train.convert.hf_tokenizer import find_tokenizer
 
-    source, out = Path(source), Path(out)
+    out = Path(out)
     _check_free(out)
-    config_path = source / "config.json"
-    config = model_config(read_json(config_path), str(config_path))
-    reader = FolderReader(source)
-    pairs = counterparts(config)
-    _account_for_all(reader, pairs, config, source)
-    dtypes = _dtypes(reader, pairs, source)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
-
-        for name, parts in _track(_by_parameter(pairs), "reading"):
-            if not parts[0].index:
-                yield name, reader.read(parts[0].hf_name).view(parts[0].shape)
-                continue
-            whole = torch.empty(parts[0].shape, dtype=dtypes[name])
-            for part in parts:
-                place = whole[part.index]
-                place.copy_(reader.read(part.hf_name).view(place.shape))
-            yield name, whole
-
-    write_weights(out, config, tensors(), dtypes, tokenizer=find_tokenizer(source))
+    model = HuggingFaceModel(source)
+    tensors = ((name, model.read(name)) for name in _track(model.names, "reading"))
+    write_weights(out, model.config, tensors, model.dtypes, tokenizer=model.tokenizer)
     print(
-        f"{out}: {config.num_parameters():,} parameters in {_dtype_names(dtypes.values())},"
-        f" from {len(pairs)} tensors"
+        f"{out}: {model.config.num_parameters():,} parameters in {_dtype_names(model.dtypes.values())},"
+        f" from {model.num_tensors} tensors"
     )
     return 0
+
+
+class HuggingFaceModel:
+    """A Hugging Face folder, read as a checkpoint is: by our names, one parameter at a time.
+
+    Every tensor of the folder must be one of the model's, with its shape, and the other way round.
+
+    Attributes:
+        config: its model; ``names``: every parameter, in the order of the model; ``dtypes``: by name; ``tokenizer``: its
+            tokenizer's file, if it has one that is usable here; ``num_tensors``: of the folder.
+
+    Raises:
+        UserError: the folder's model is none that can be expressed here.
+        DamagedError: a file cannot be read.
+    """
+
+    def __init__(self, folder: str | Path):
+        _need("safetensors")
+        from moe_train.convert.hf_config import model_config
+        from moe_train.convert.hf_files import FolderReader, read_json
+        from moe_train.convert.hf_tokenizer import find_tokenizer
+
+        self.path = Path(folder)
+        config_path = self.path / "config.json"
+        self.config = model_config(read_json(config_path), str(config_path))
+        self._reader = FolderReader(self.path)
+        pairs = counterparts(self.config)
+        _account_for_all(self._reader, pairs, self.config, self.path)
+        self.dtypes = _dtypes(self._reader, pairs, self.path)
+        self.tokenizer, self.num_tensors = find_tokenizer(self.path), len(pairs)
+        self._parts = dict(_by_parameter(pairs))
+        self.names = list(self._parts)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.dtypes[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole parameter."""
+        import torch
+
+        parts = self._parts[name]
+        if not parts[0].index:
+            return self._reader.read(parts[0].hf_name).view(parts[0].shape)
+        whole = torch.empty(parts[0].shape, dtype=self.dtypes[name])
+        for part in parts:
+            place = whole[part.index]
+            place.copy_(self._reader.read(part.hf_name).view(place.shape))
+        return whole
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = None) -> int:

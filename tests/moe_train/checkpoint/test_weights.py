@@ -84,7 +84,7 @@ def test_a_source_that_fails_leaves_nothing(tmp_path, weights) -> None:
 
 def test_the_wrong_tensor_is_refused(tmp_path, weights) -> None:
     weights["embedding.weight"] = weights["embedding.weight"].t()
-    with pytest.raises(ValueError, match=r"expected embedding.weight of shape \(7, 4\)"):
+    with pytest.raises(ValueError, match=r"expected weights.embedding.weight of shape \(7, 4\)"):
         write_weights(tmp_path / "out", MODEL, weights.items(), torch.float32)
 
 
