@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -42,26 +40,6 @@ def until(process: subprocess.Popen[str], condition: Callable[[], object]) -> No
     while not condition():
         assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-
-
-@pytest.fixture
-def webhook():
-    """A server on this machine: (its URL, the messages that it got)."""
-    messages: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/hook?a=1&b=2", messages
-    server.shutdown()
 
 
 def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, webhook, capsys) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launched import ROOT, Launched
+from tests.launch.launched import PATIENCE, ROOT, Launched
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,8 +98,11 @@ def test_a_mistake_is_not_requeued_and_a_crash_loop_stops(slurm, tmp_path: Path)
     assert not [row for row in slurm.call("squeue", "-h", "-t", "PD,R", "-o", "%Z").splitlines() if str(tmp_path) in row]
 
 
-def test_a_chain_goes_on_and_cancel_saves_first(slurm, tmp_path: Path) -> None:
-    run = Launched(slurm, tmp_path / "chain", steps=20_000)
+def test_a_chain_goes_on_stalls_are_told_and_cancel_saves_first(slurm, tmp_path: Path) -> None:
+    alert = tmp_path / "alert"
+    alert.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/alerts\n')
+    alert.chmod(0o755)
+    run = Launched(slurm, tmp_path / "chain", steps=20_000, cluster={"alert_command": str(alert)}, faults={"step_timeout": "30s"})
     run.submit("--chain", "3")
     first, second, third = run.jobs()
     run.until_step(5)
@@ -105,6 +110,18 @@ def test_a_chain_goes_on_and_cancel_saves_first(slurm, tmp_path: Path) -> None:
     run.until_started(2)
     assert run.ends()[0]["next"] == "chain" and run.starts()[1]["job"] == second
     run.until_step(run.ends()[0]["saved"] + 5)
+
+    def told(word: str) -> bool:
+        return (tmp_path / "alerts").exists() and word in (tmp_path / "alerts").read_text()
+
+    rank = run.json("owner.json")["pid"]
+    os.kill(rank, signal.SIGSTOP)  # half of step_timeout later somebody is told
+    try:
+        slurm.wait(lambda: told("stalls: no step for"), PATIENCE, "the alert")
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    slurm.wait(lambda: told("recovered"), PATIENCE, "the end of the alert")
+
     done = run.launch("cancel", str(run.folder))
     assert done.returncode == 0, done.stderr
     run.until_over(3)

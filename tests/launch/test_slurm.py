@@ -15,7 +15,7 @@ from launch.cluster import Container
 from launch.job import load_job
 from launch.lead import lead_seconds
 from launch.mounts import inside, outside
-from launch.script import render, slurm_time
+from launch.script import alerts, render, slurm_time
 from moe_train.cli import main
 from tests.launch.runs import write_run
 
@@ -129,3 +129,23 @@ def test_the_warning_leaves_time_for_a_step_and_a_checkpoint(tmp_path: Path) -> 
 
 def test_time_limits_as_slurm_writes_them() -> None:
     assert slurm_time(60) == "00:01:00" and slurm_time(172800) == "2-00:00:00" and slurm_time(3601) == "01:01:00"
+
+
+def test_the_script_tells_a_command_and_a_webhook(tmp_path: Path, webhook) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    url, messages = webhook
+    job = load_job(str(write_run(tmp_path, {"alert_command": f"tee -a {tmp_path}/alerts <<<", "alert_webhook": url})))
+    lines = "\n".join(alerts(job))
+    script = f"SELF='job 7, restart 1'\ntell() {{\n{lines}\n}}\ntell 'the run is over, status 2: \"lr: \\\\ is wrong\"'\n"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert messages == ["run: job 7, restart 1: the run is over, status 2: lr:  is wrong"]
+    assert (tmp_path / "alerts").read_text() == 'run: job 7, restart 1: the run is over, status 2: "lr: \\\\ is wrong"\n'
+
+
+def test_an_alert_that_fails_is_not_in_the_way(tmp_path: Path) -> None:
+    job = load_job(str(write_run(tmp_path, {"alert_command": "false", "alert_webhook": "http://127.0.0.1:1/"})))
+    script = "SELF=x\ntell() {\n" + "\n".join(alerts(job)) + "\n}\ntell message\necho on"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "on\n"
