@@ -19,7 +19,10 @@ def tell(message: str, cluster: ClusterConfig | None) -> None:
         return
     if cluster.alert_command:
         command = ["bash", "-c", f'{cluster.alert_command} "$1"', "alert", message]
-        _try("alert_command", lambda: subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=True))
+        _try(
+            "alert_command",
+            lambda: subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=True),
+        )
     if cluster.alert_webhook:
         request = urllib.request.Request(
             cluster.alert_webhook, json.dumps({"text": message}).encode(), {"Content-Type": "application/json"}

@@ -25,7 +25,9 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
     """
     journal, folder = Journal(run_dir), RunFolder(run_dir)
     if not journal.jobs():
-        raise UserError(f"{run_dir} was not submitted by moe-train launch; touch {folder.stop_path} to have a run save and stop")
+        raise UserError(
+            f"{run_dir} was not submitted by moe-train launch; touch {folder.stop_path} to have a run save and stop"
+        )
     live = _live(journal)
     if not live and journal.launcher() is not None:
         _end_launcher(journal, folder, now, timeout)
@@ -44,7 +46,9 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
     if not _ends(journal, folder, lambda: any(job in running for job in _live(journal)), timeout):
         left = [job for job in _live(journal) if job in running]
         controller.cancel(left)
-        raise HardwareError(f"job {', '.join(left)} did not save within {timeout:.0f} s: cancelled; the last checkpoint stays")
+        raise HardwareError(
+            f"job {', '.join(left)} did not save within {timeout:.0f} s: cancelled; the last checkpoint stays"
+        )
     _tell(folder, "moe-train launch slurm")
 
 

@@ -10,28 +10,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.hosts import Host, check_hosts, command_on, exports, interpreter, port_of, read_hostfile
-from launch.script import environment
+from launch.hosts import UNREACHABLE, Host, check_hosts, command_on, exports, interpreter, port_of, read_hostfile
 from launch.job import named_variables
+from launch.script import environment
 from launch.supervise import Supervisor
 from moe_train.config import load_run
 from moe_train.config_file import find_config
 from moe_train.errors import HardwareError, UserError
 from moe_train.training.preflight import check_run, completion
-from moe_train.training.run_folder import RunFolder
+from parallel.spawn import REPEAT_SECONDS
 
 SETTLE_SECONDS = 5.0
 """After the first host has failed the others may fail by themselves."""
-_UNREACHABLE = 255
-"""ssh's own status, when it is not that of the command."""
 
 
 class Hosts:
     """One start: `launch.host` on each machine, which starts that one's ranks and ends them when it is told to, or cut off."""
 
-    def __init__(self, commands: dict[str, list[str]], folder: RunFolder):
-        self._folder, self._failed_at = folder, None
-        self._processes = {name: subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for name, command in commands.items()}
+    def __init__(self, commands: dict[str, list[str]]):
+        self._failed_at: float | None = None
+        self._asked: float | None = None
+        self._processes = {
+            name: subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for name, command in commands.items()
+        }
 
     def poll(self) -> int | None:
         statuses = {name: process.poll() for name, process in self._processes.items()}
@@ -42,12 +43,15 @@ class Hosts:
             self._tell("kill")
         if None in statuses.values():
             return None
-        if _UNREACHABLE in failed.values():
+        if UNREACHABLE in failed.values():
             return HardwareError.exit_code
         return next(iter(failed.values()), max(statuses.values()))
 
     def stop(self, number: int) -> None:
-        self._tell("stop")
+        """The first one asks the ranks to save, a later one ends them."""
+        now = time.monotonic()
+        self._asked = self._asked or now
+        self._tell("stop" if now - self._asked < REPEAT_SECONDS else "kill")
 
     def _tell(self, word: str) -> None:
         for process in self._processes.values():
@@ -88,7 +92,9 @@ def launch(
     if not shell or shutil.which(shell[0]) is None:
         raise UserError(f"--rsh {rsh}: there is no such program on this machine")
     if cluster and cluster.container:
-        raise UserError(f"{config.launch.cluster}: container: launch hostfile starts none; run it inside, or use launch slurm")
+        raise UserError(
+            f"{config.launch.cluster}: container: launch hostfile starts none; run it inside, or use launch slurm"
+        )
     hosts = read_hostfile(hostfile, nproc or (cluster.ranks_per_node if cluster else None))
     hosts = [Host(host.name, nproc or host.ranks) for host in hosts]
     nodes = nodes or len(hosts)
@@ -111,9 +117,17 @@ def launch(
         for place, host in enumerate(chosen):
             ranks = {"first_rank": place * host.ranks, "ranks": host.ranks, "world_size": nodes * host.ranks}
             meeting = {"address": chosen[0].name, "port": port_of(supervisor, restart)}
-            asked = json.dumps({"run": str(run_file), "overrides": list(overrides), "output_dir": config.output_dir, **ranks, **meeting})
+            asked = json.dumps(
+                {
+                    "run": str(run_file),
+                    "overrides": list(overrides),
+                    "output_dir": config.output_dir,
+                    **ranks,
+                    **meeting,
+                }
+            )
             script = f"{setup}\nexec {shlex.join([interpreter(supervisor), '-m', 'launch.host', asked])}"
             commands[host.name] = command_on(host.name, shell, script)
-        return Hosts(commands, supervisor.folder)
+        return Hosts(commands)
 
     return supervisor.run(start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import zlib
@@ -17,6 +16,8 @@ from launch.node import Settings
 from launch.supervise import Supervisor
 from moe_train.errors import HardwareError, UserError
 
+UNREACHABLE = 255
+"""ssh's own status, when it is not that of the command."""
 THIS = "127.0.0.1"
 """Stands for this machine where there is no remote shell."""
 
@@ -102,13 +103,24 @@ def check_hosts(
     processes = []
     for name in names:
         port = port_of(supervisor, restart) + 1
-        variables = {"PREFLIGHT_NODES": ",".join(names), "PREFLIGHT_NODE": name, "MASTER_ADDR": names[0], "MASTER_PORT": str(port)}
+        variables = {
+            "PREFLIGHT_NODES": ",".join(names),
+            "PREFLIGHT_NODE": name,
+            "MASTER_ADDR": names[0],
+            "MASTER_PORT": str(port),
+        }
         arguments = ["-m", "launch.preflight", settings.to_json()]
         if rsh:
-            script = "\n".join([setup, *exports(variables), f"exec {shlex.join([interpreter(supervisor), *arguments])}"])
+            script = "\n".join(
+                [setup, *exports(variables), f"exec {shlex.join([interpreter(supervisor), *arguments])}"]
+            )
             processes.append(subprocess.Popen(command_on(name, rsh, script), stdin=subprocess.DEVNULL))
         else:
-            processes.append(subprocess.Popen([sys.executable, *arguments], env={**os.environ, **variables}, stdin=subprocess.DEVNULL))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments], env={**os.environ, **variables}, stdin=subprocess.DEVNULL
+                )
+            )
     try:
         processes[0].wait(8 * settings.timeout)
     except subprocess.TimeoutExpired:
@@ -116,10 +128,14 @@ def check_hosts(
     for process in processes:  # those that hang
         process.kill()
         process.wait()
+    if processes[0].returncode == UNREACHABLE and len(hosts) > wanted:  # who would have judged: the next one does
+        return check_hosts(hosts[1:], wanted, supervisor, restart, rsh, setup)
     good, bad = (_names(notes / name) for name in ("good_nodes", "bad_nodes"))
     if not good:
         who = f"unfit: {', '.join(bad)}" if bad else "they could not be checked, or do not exchange data"
-        raise HardwareError(f"the preflight leaves fewer than {wanted} of {len(hosts)} machines; {who}; see {notes / 'preflight.json'}")
+        raise HardwareError(
+            f"the preflight leaves fewer than {wanted} of {len(hosts)} machines; {who}; see {notes / 'preflight.json'}"
+        )
     return [host for host in hosts if host.name in good]
 
 
@@ -148,5 +164,9 @@ def _expand(pattern: str) -> list[str]:
     names = []
     for part in match[2].split(","):
         first, _, last = part.partition("-")
-        names += [f"{match[1]}{number:0{len(first)}d}{rest}" for number in range(int(first), int(last or first) + 1) for rest in _expand(match[3])]
+        names += [
+            f"{match[1]}{number:0{len(first)}d}{rest}"
+            for number in range(int(first), int(last or first) + 1)
+            for rest in _expand(match[3])
+        ]
     return names

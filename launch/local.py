@@ -28,7 +28,9 @@ class Local:
             self._process.send_signal(signal.Signals(number))
 
 
-def launch(run: str, overrides: Sequence[str] = (), *, nproc: int | None = None, max_restarts: int | None = None) -> int:
+def launch(
+    run: str, overrides: Sequence[str] = (), *, nproc: int | None = None, max_restarts: int | None = None
+) -> int:
     """Train on `nproc` processes of this machine until the run is over; its exit status.
 
     Raises PolicyStop after more than `max_restarts` failures (default: the cluster file's) without a new checkpoint.
@@ -39,7 +41,7 @@ def launch(run: str, overrides: Sequence[str] = (), *, nproc: int | None = None,
     command += ["--nproc", str(nproc)] if nproc else []
 
     def start(restart: int) -> Local:
-        if supervisor.cluster and supervisor.cluster.preflight and supervisor.folder.path.exists():
+        if supervisor.cluster and supervisor.cluster.preflight:
             check_hosts([Host(THIS, nproc or local_gpus() or 1)], 1, supervisor, restart)
         return Local(command)
 

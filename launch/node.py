@@ -85,7 +85,12 @@ def disk_problem(folder: str, free_gigabytes: float) -> str | None:
 
 
 def test_fabric(
-    first_rank: int, world_size: int, address: str, port: int, settings: Settings, stopped: Callable[[], bool] = lambda: False
+    first_rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    settings: Settings,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run this node's ranks of `parallel.fabric`, until they end, time is up, one fails, or `stopped()`.
 

@@ -23,7 +23,16 @@ RELEASE_SECONDS = 30.0
 """How long processes of an earlier start may take to let go of their GPUs."""
 
 _SLOWDOWNS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
-_FIELDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
+_FIELDS = (
+    "index",
+    "uuid",
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
+)
 
 
 class SmiError(Exception):
@@ -110,10 +119,17 @@ def _in_use(seconds: float) -> list[str]:
     """GPUs that somebody uses, after up to `seconds` of patience."""
     end = time.monotonic() + seconds
     while True:
-        busy = [f"GPU {row[0]} is in use by process {row[1]} ({row[2]})" for row in _rows("--query-compute-apps=gpu_uuid,pid,process_name")]
+        busy = [
+            f"GPU {row[0]} is in use by process {row[1]} ({row[2]})"
+            for row in _rows("--query-compute-apps=gpu_uuid,pid,process_name")
+        ]
         if not busy:
             used = ((gpu, _number(gpu["memory.used"]) or 0) for gpu in _query_gpus())
-            busy = [f"GPU {gpu['index']}: {mib:.0f} MiB are in use and no process is shown" for gpu, mib in used if mib > FREE_MIB]
+            busy = [
+                f"GPU {gpu['index']}: {mib:.0f} MiB are in use and no process is shown"
+                for gpu, mib in used
+                if mib > FREE_MIB
+            ]
         if not busy or time.monotonic() > end:
             return busy
         time.sleep(2)

@@ -68,7 +68,11 @@ def attend(name: str, first: str, port: int, key: str, settings: Settings) -> in
         if asked["do"] == "clock":
             peer.send(time.time())
         elif asked["do"] == "exchange":
-            peer.send(test_fabric(asked["rank"], asked["world_size"], asked["address"], asked["port"], settings, lambda: _said(peer)))
+            peer.send(
+                test_fabric(
+                    asked["rank"], asked["world_size"], asked["address"], asked["port"], settings, lambda: _said(peer)
+                )
+            )
         elif asked["do"] == "end":
             return asked["status"]
 
@@ -193,7 +197,12 @@ class Judge:
         for number, group in enumerate(groups):
             for place, name in enumerate(group):
                 # A port of its own for each group and round: those before may linger.
-                task = {"rank": place * ranks, "world_size": len(group) * ranks, "address": group[0], "port": port + 1 + self._rounds * 40 + number}
+                task = {
+                    "rank": place * ranks,
+                    "world_size": len(group) * ranks,
+                    "address": group[0],
+                    "port": port + 1 + self._rounds * 40 + number,
+                }
                 self._send(name, {"do": "exchange", **task})
                 waiting[name] = number
         problems: list[str | None] = [None] * len(groups)
@@ -227,13 +236,25 @@ class Judge:
 
     def _slow(self, figures: dict[str, Any] | None) -> str | None:
         speed, least = (figures or {}).get("all_reduce"), self.settings.gigabytes_per_second
-        return f"all-reduce at {speed:.2f} GB/s, less than {least:g}" if speed is not None and least is not None and speed < least else None
+        return (
+            f"all-reduce at {speed:.2f} GB/s, less than {least:g}"
+            if speed is not None and least is not None and speed < least
+            else None
+        )
 
     def _write(self, chosen: list[str]) -> None:
         bad = {name: "; ".join(report.problems) for name, report in self.reports.items() if report.problems}
         notes = Path(self.settings.notes)
         facts = {name: report.facts for name, report in self.reports.items()}
-        verdict = {"time": now(), "key": self._key, "bad": bad, "chosen": chosen, "fabric": self.figures, "trouble": self.trouble, "nodes": facts}
+        verdict = {
+            "time": now(),
+            "key": self._key,
+            "bad": bad,
+            "chosen": chosen,
+            "fabric": self.figures,
+            "trouble": self.trouble,
+            "nodes": facts,
+        }
         write_atomically(notes / "preflight.json", json.dumps(verdict, indent=1) + "\n")
         write_atomically(notes / "bad_nodes", "".join(f"{name}\n" for name in bad))
         if chosen:

@@ -63,7 +63,9 @@ class Supervisor:
             UserError: another launcher has the run.
         """
         if (other := self.journal.launcher()) is not None:
-            raise UserError(f"{self.folder.path} is run by process {other} already; end it with moe-train launch cancel {self.folder.path}")
+            raise UserError(
+                f"{self.folder.path} is run by process {other} already; end it with moe-train launch cancel {self.folder.path}"
+            )
         self._submit()
         restart, failures, stuck_at = 0, 0, -1
         while True:

@@ -35,7 +35,9 @@ def measure(cuda: bool) -> dict[str, float | None]:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         if torch.cuda.device_count() <= local:
-            raise RuntimeError(f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and this rank is number {local} of its node")
+            raise RuntimeError(
+                f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and this rank is number {local} of its node"
+            )
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -94,7 +96,11 @@ def main() -> NoReturn:
         if os.environ.get("RANK") == "0":
             print(json.dumps(figures), flush=True)
     except Exception as error:
-        print(f"rank {os.environ.get('RANK')}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr, flush=True)
+        print(
+            f"rank {os.environ.get('RANK')}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            file=sys.stderr,
+            flush=True,
+        )
         status = 5
     os._exit(status)
 

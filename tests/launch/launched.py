@@ -20,15 +20,21 @@ PATIENCE = 300
 class Launched:
     """A run in a folder of its own: two nodes with one rank each, experts over both, unless `sections` say otherwise."""
 
-    def __init__(self, slurm: SlurmCluster, folder: Path, *, steps: int = 60, cluster: dict | None = None, **sections: Any) -> None:
+    def __init__(
+        self, slurm: SlurmCluster, folder: Path, *, steps: int = 60, cluster: dict | None = None, **sections: Any
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.slurm, self.folder = slurm, folder / "run"
-        self.path = runs.write_run(folder, CLUSTER | (cluster or {}), steps=steps, **({"parallel": {"expert": 2}} | sections))
+        self.path = runs.write_run(
+            folder, CLUSTER | (cluster or {}), steps=steps, **({"parallel": {"expert": 2}} | sections)
+        )
 
     def launch(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "moe_train", "launch", verb, *arguments]
         environment = {**self.slurm.environment, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, cwd=self.folder.parent, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(
+            command, env=environment, cwd=self.folder.parent, capture_output=True, text=True, timeout=PATIENCE
+        )
 
     def submit(self, *arguments: str) -> None:
         done = self.launch("slurm", str(self.path), *arguments)

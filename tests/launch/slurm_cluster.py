@@ -50,9 +50,16 @@ def install() -> None:
         policy.chmod(0o755)
     try:
         patience = ["-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20"]
-        for command in (["apt-get", *patience, "update", "-qq"], ["apt-get", *patience, "install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
+        for command in (
+            ["apt-get", *patience, "update", "-qq"],
+            ["apt-get", *patience, "install", "-y", "-q", "--no-install-recommends", *PACKAGES],
+        ):
             done = subprocess.run(
-                command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True, timeout=150
+                command,
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                text=True,
+                timeout=150,
             )
             if done.returncode:
                 raise Unavailable(f"apt-get failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -82,7 +89,11 @@ class SlurmCluster:
             self._daemon(["slurmctld"])
             for number in range(1, self.nodes + 1):
                 self.start_node(f"node{number}")
-            self.wait(lambda: self.call("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").count("idle") == self.nodes, 60, "idle nodes")
+            self.wait(
+                lambda: self.call("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").count("idle") == self.nodes,
+                60,
+                "idle nodes",
+            )
         except BaseException:
             self.close()
             raise
@@ -102,15 +113,33 @@ class SlurmCluster:
         """Poll until `condition()`; an AssertionError that names `what` after `seconds`."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}"
+            assert time.monotonic() < end, (
+                f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}"
+            )
             time.sleep(0.2)
 
     def start_node(self, name: str, *flags: str) -> None:
         """Start a node's slurmd; ``-b`` tells the controller that the node has rebooted."""
-        script = 'hostname "$1"; mount --bind "$2" /etc/hosts; readlink /proc/self/ns/uts > "$3"; shift 3; exec slurmd "$@"'
+        script = (
+            'hostname "$1"; mount --bind "$2" /etc/hosts; readlink /proc/self/ns/uts > "$3"; shift 3; exec slurmd "$@"'
+        )
         space = self.folder / f"{name}.uts"
         self._daemon(
-            ["unshare", "--mount", "--uts", "bash", "-euc", script, "-", name, str(self.folder / "hosts"), str(space), *flags, "-N", name]
+            [
+                "unshare",
+                "--mount",
+                "--uts",
+                "bash",
+                "-euc",
+                script,
+                "-",
+                name,
+                str(self.folder / "hosts"),
+                str(space),
+                *flags,
+                "-N",
+                name,
+            ]
         )
 
     def slurmd(self, name: str) -> int:
@@ -126,20 +155,28 @@ class SlurmCluster:
     def fill_disk(self, name: str, folder: Path) -> None:
         """Put a disk of 64 KB at `folder`, which only the processes of this node see."""
         inside = ["nsenter", f"--mount=/proc/{self.slurmd(name)}/ns/mnt"]
-        done = subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            [*inside, "mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
     def resume(self) -> None:
         """Take back the nodes that the controller holds for down, whose slurmd answers."""
         self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume", check=False)
-        self.wait(lambda: not self.call("sinfo", "-h", "-N", "-t", "down,drain,fail,no_respond", "-o", "%N"), 60, "every node")
+        self.wait(
+            lambda: not self.call("sinfo", "-h", "-N", "-t", "down,drain,fail,no_respond", "-o", "%N"), 60, "every node"
+        )
 
     def power_off(self, name: str) -> None:
         """Kill everything that runs on a node, at once."""
         space = (self.folder / f"{name}.uts").read_text().strip()
         assert space and space != os.readlink("/proc/self/ns/uts")
         for _ in range(50):
-            found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _alive(path) and _link(path / "ns/uts") == space]
+            found = [
+                int(path.name)
+                for path in Path("/proc").glob("[0-9]*")
+                if _alive(path) and _link(path / "ns/uts") == space
+            ]
             if not found:
                 return
             for pid in found:
@@ -151,7 +188,12 @@ class SlurmCluster:
 
     def close(self) -> None:
         """End all jobs and daemons, by their own process ids, and remove the folder."""
-        subprocess.run(["scancel", "--full", "--signal=KILL", "--state=RUNNING", "--me"], env=self.environment, capture_output=True, timeout=30)
+        subprocess.run(
+            ["scancel", "--full", "--signal=KILL", "--state=RUNNING", "--me"],
+            env=self.environment,
+            capture_output=True,
+            timeout=30,
+        )
         subprocess.run(["scancel", "--me"], env=self.environment, capture_output=True, timeout=30)
         for path in self.folder.glob("*.uts"):
             self.power_off(path.stem)
@@ -166,7 +208,13 @@ class SlurmCluster:
 
     def _daemon(self, command: list[str]) -> None:
         done = subprocess.run(
-            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=30
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
         )
         assert done.returncode == 0, f"{command[0]}: {done.stderr}"
 
@@ -174,7 +222,13 @@ class SlurmCluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "seed"}
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "seed",
+        }
         self._daemon(["munged", *(f"--{option}={self.folder / name}" for option, name in files.items())])
 
     def _configure(self) -> None:
@@ -183,7 +237,9 @@ class SlurmCluster:
         for name in ("state", "dev", *(f"spool/node{number}" for number in range(1, self.nodes + 1))):
             (folder / name).mkdir(parents=True)
         for number in range(8):  # NVIDIA's major number: with no driver behind it an open fails, as it should
-            subprocess.run(["mknod", "-m", "666", folder / f"dev/nvidia{number}", "c", "195", str(number)], capture_output=True)
+            subprocess.run(
+                ["mknod", "-m", "666", folder / f"dev/nvidia{number}", "c", "195", str(number)], capture_output=True
+            )
         names = "".join(f"127.0.0.1 node{number}\n" for number in range(1, self.nodes + 1))
         (folder / "hosts").write_text(f"127.0.0.1 localhost {host}\n{names}")
         (folder / "gres.conf").write_text(

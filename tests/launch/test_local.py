@@ -27,7 +27,9 @@ PATIENCE = 300
 def start(path: Path, *arguments: str, verb: tuple[str, ...] = ("local",)) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "moe_train", "launch", *verb, str(path), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def records(folder: Path, name: str) -> list[dict]:
@@ -48,7 +50,12 @@ def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, we
     alert = tmp_path / "alert"
     alert.write_text(f'#!/bin/sh\necho "$2" >> "{tmp_path}/alerts"\n')
     alert.chmod(0o755)
-    cluster = {"preflight": {"free_gigabytes": 0.001}, "alert_command": f"{alert} word", "alert_webhook": url, "dollars_per_gpu_hour": 1.0}
+    cluster = {
+        "preflight": {"free_gigabytes": 0.001},
+        "alert_command": f"{alert} word",
+        "alert_webhook": url,
+        "dollars_per_gpu_hour": 1.0,
+    }
     process = start(runs.write_run(tmp_path, cluster, steps=300), "--nproc", "1")
     until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
     os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
@@ -65,7 +72,12 @@ def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, we
 
     assert main(["launch", "status", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["state"] == "complete" and found["step"] == 300 and len(found["restarts"]) == 1 and found["dollars_so_far"] > 0
+    assert (
+        found["state"] == "complete"
+        and found["step"] == 300
+        and len(found["restarts"]) == 1
+        and found["dollars_so_far"] > 0
+    )
     assert main(["launch", "logs", str(tmp_path / "run"), "--follow"]) == 0
     assert "complete: step 300" in capsys.readouterr().out
 
@@ -93,7 +105,11 @@ def test_cancel_saves_first_and_a_second_launcher_is_refused(tmp_path: Path, cap
     assert process.returncode == 3 and canceller.returncode == 0, said + told
     step = records(tmp_path, "metrics.jsonl")[-1]["step"]
     assert f"ended at step {step}" in told
-    assert json.loads((tmp_path / "run/launch/over.json").read_text()) == {"code": 3, "reason": "cancelled", "job": None}
+    assert json.loads((tmp_path / "run/launch/over.json").read_text()) == {
+        "code": 3,
+        "reason": "cancelled",
+        "job": None,
+    }
     assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == step
 
 
@@ -134,7 +150,9 @@ def test_the_machines_of_a_hostfile_train_together(tmp_path: Path) -> None:
     assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
     reached = (tmp_path / "hosts.log").read_text().split()
     assert sorted(reached) == ["127.0.0.1"] * 4 + ["localhost"] * 4  # preflight and ranks, twice
-    assert [note["nodes"] for note in records(tmp_path, "launch/starts.jsonl") if note["kind"] == "start"][1] == "127.0.0.1,localhost"
+    assert [note["nodes"] for note in records(tmp_path, "launch/starts.jsonl") if note["kind"] == "start"][
+        1
+    ] == "127.0.0.1,localhost"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +161,9 @@ def test_the_machines_of_a_hostfile_train_together(tmp_path: Path) -> None:
 )
 def test_hostfiles(tmp_path: Path, text: str, names: list[str]) -> None:
     (tmp_path / "hosts").write_text(text)
-    assert [(host.name, host.ranks) for host in read_hostfile(str(tmp_path / "hosts"), 8)] == [(name, 8) for name in names]
+    assert [(host.name, host.ranks) for host in read_hostfile(str(tmp_path / "hosts"), 8)] == [
+        (name, 8) for name in names
+    ]
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,23 @@ def test_interrupted_in_every_way_it_ends_as_if_undisturbed(slurm, tmp_path: Pat
 
     before = run.step()  # 3. somebody with more priority wants the nodes
     run.until_step(before + 10)
-    slurm.call("sbatch", "-p", "gpu", "--exclusive", f"--nodelist={','.join(run.nodes())}", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.call(
+        "sbatch",
+        "-p",
+        "gpu",
+        "--exclusive",
+        f"--nodelist={','.join(run.nodes())}",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    )
     quiet.until_over(0)
     run.until_over(0)
 
     assert run.losses() == quiet.losses() and len(run.losses()) == 100
     found = json.loads(run.launch("status", "--json", str(run.folder)).stdout)
-    assert found["state"] == "complete" and found["step"] == 100 and len(found["restarts"]) == len(run.starts()) - 1 >= 3
+    assert (
+        found["state"] == "complete" and found["step"] == 100 and len(found["restarts"]) == len(run.starts()) - 1 >= 3
+    )
     assert "the time was nearly up" in found["restarts"][0]["reason"]
     # Who notices first writes the reason: Slurm that the node has gone, or the ranks that one of them has.
     assert any(words in found["restarts"][1]["reason"] for words in ("node failed", "lost"))
@@ -93,16 +103,22 @@ def test_a_mistake_is_not_requeued_and_a_crash_loop_stops(slurm, tmp_path: Path)
     assert "crash loop" in crash.json("launch/over.json")["reason"]
     requeued, resumed, over = (tmp_path / "alerts").read_text().splitlines()
     assert "requeued" in requeued and "restart 1: goes on" in resumed and "crash loop" in over
-    slurm.wait(lambda: "JobState=COMPLETED" in crash.state(crash.jobs()[1]), 60, "the end of the chain")  # it found the run over
+    slurm.wait(
+        lambda: "JobState=COMPLETED" in crash.state(crash.jobs()[1]), 60, "the end of the chain"
+    )  # it found the run over
     assert len(crash.starts()) == 2
-    assert not [row for row in slurm.call("squeue", "-h", "-t", "PD,R", "-o", "%Z").splitlines() if str(tmp_path) in row]
+    assert not [
+        row for row in slurm.call("squeue", "-h", "-t", "PD,R", "-o", "%Z").splitlines() if str(tmp_path) in row
+    ]
 
 
 def test_a_chain_goes_on_stalls_are_told_and_cancel_saves_first(slurm, tmp_path: Path) -> None:
     alert = tmp_path / "alert"
     alert.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/alerts\n')
     alert.chmod(0o755)
-    run = Launched(slurm, tmp_path / "chain", steps=20_000, cluster={"alert_command": str(alert)}, faults={"step_timeout": "30s"})
+    run = Launched(
+        slurm, tmp_path / "chain", steps=20_000, cluster={"alert_command": str(alert)}, faults={"step_timeout": "30s"}
+    )
     run.submit("--chain", "3")
     first, second, third = run.jobs()
     run.until_step(5)
@@ -140,7 +156,9 @@ def test_jetmoe_8b_is_accepted_and_wrong_ones_are_told(slurm, tmp_path: Path) ->
     def script(**changes: object) -> subprocess.CompletedProcess[str]:
         text = (ROOT / "configs/cluster/h100.yaml").read_text()
         for key, value in changes.items():
-            text = "\n".join(line for line in text.splitlines() if not line.startswith(f"{key}:")) + f"\n{key}: {value}\n"
+            text = (
+                "\n".join(line for line in text.splitlines() if not line.startswith(f"{key}:")) + f"\n{key}: {value}\n"
+            )
         (tmp_path / "cluster.yaml").write_text(text)
         command = [sys.executable, "-m", "moe_train", "launch", "slurm", "jetmoe_8b", "--dry-run"]
         done = subprocess.run(
@@ -149,14 +167,20 @@ def test_jetmoe_8b_is_accepted_and_wrong_ones_are_told(slurm, tmp_path: Path) ->
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "#SBATCH --nodes=12\n" in done.stdout and "#SBATCH --gpus-per-node=" in done.stdout
-        return subprocess.run(["sbatch", "--test-only"], input=done.stdout, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["sbatch", "--test-only"], input=done.stdout, env=environment, capture_output=True, text=True, timeout=60
+        )
 
     accepted = script(gpu_type="h100")
     assert accepted.returncode == 0 and "to start at" in accepted.stderr, accepted.stderr
     assert script(gpu_type="a100").returncode and script(partition="nowhere").returncode
 
     for cluster, overrides, said in (
-        ({"gpus_per_node": 9}, ("training.global_batch_size=36",), "Slurm refuses the job: Requested node configuration"),
+        (
+            {"gpus_per_node": 9},
+            ("training.global_batch_size=36",),
+            "Slurm refuses the job: Requested node configuration",
+        ),
         ({"partition": "nowhere"}, (), "invalid partition specified: nowhere"),
     ):
         run = Launched(slurm, tmp_path / "wrong", cluster=cluster)
@@ -170,10 +194,15 @@ def test_slurm_itself_warns_before_the_time_limit(limited: Launched) -> None:
     first = limited.ends()[0]
     assert first["code"] == 3 and first["next"] == "requeue" and "the time was nearly up" in first["reason"]
     limited.until_step(first["saved"] + 1)
-    assert [line["step"] for line in limited.lines("metrics.jsonl")][: first["saved"] + 1] == list(range(1, first["saved"] + 2))
+    assert [line["step"] for line in limited.lines("metrics.jsonl")][: first["saved"] + 1] == list(
+        range(1, first["saved"] + 2)
+    )
     assert "Restarts=0" not in limited.state(limited.jobs()[0])
 
 
 def test_ranks_that_torchrun_starts_complete(under_torchrun: Launched) -> None:
     under_torchrun.until_over(0)
-    assert under_torchrun.step() == 60 and "torch.distributed.run" in (under_torchrun.folder / "launch/job.sbatch").read_text()
+    assert (
+        under_torchrun.step() == 60
+        and "torch.distributed.run" in (under_torchrun.folder / "launch/job.sbatch").read_text()
+    )

@@ -69,12 +69,18 @@ def test_sound_gpus_are_told_with_their_driver(smi) -> None:
     [
         ({"count": 1}, "1 GPUs instead of 2"),
         ({"gpu": ANSWERS["gpu"].replace("31, 0,", "31, 3,")}, "GPU 1: 3 uncorrected ECC errors"),
-        ({"gpu": ANSWERS["gpu"].replace("31, 0, Not Active", "88, 0, Active")}, "GPU 0: clocks are lowered (hw_slowdown, 88 degrees)"),
+        (
+            {"gpu": ANSWERS["gpu"].replace("31, 0, Not Active", "88, 0, Active")},
+            "GPU 0: clocks are lowered (hw_slowdown, 88 degrees)",
+        ),
         ({"gpu": ANSWERS["gpu"].replace("81559, 4,", "81559, 40960,")}, "40960 MiB are in use and no process is shown"),
         ({"apps": "GPU-0, 4711, python\n"}, "GPU-0 is in use by process 4711 (python)"),
         ({"rows": "GPU-{index}, Yes, No\n"}, "needs a reset to replace a broken row"),
         ({"rows": "GPU-{index}, No, Yes\n"}, "replacing a broken row of memory failed"),
-        ({"error": "Unable to determine the device handle for GPU 0000:1B:00.0: Unknown Error"}, "status 9: Unable to determine"),
+        (
+            {"error": "Unable to determine the device handle for GPU 0000:1B:00.0: Unknown Error"},
+            "status 9: Unable to determine",
+        ),
     ],
 )
 def test_unfit_gpus_are_told(smi, answers: dict, said: str) -> None:
@@ -83,7 +89,10 @@ def test_unfit_gpus_are_told(smi, answers: dict, said: str) -> None:
 
 
 def test_figures_that_a_gpu_does_not_have_are_passed_over(smi) -> None:
-    smi(gpu=ANSWERS["gpu"].replace("31, 0,", "31, [N/A],").replace("Not Active", "[Not Supported]"), rows="GPU-0, [N/A], [N/A]\n")
+    smi(
+        gpu=ANSWERS["gpu"].replace("31, 0,", "31, [N/A],").replace("Not Active", "[Not Supported]"),
+        rows="GPU-0, [N/A], [N/A]\n",
+    )
     assert check_gpus(2, 0)[0] == []
 
 
@@ -106,14 +115,29 @@ def test_disks(tmp_path) -> None:
         assert "cannot be written" in disk_problem("/proc", 0)
 
 
-def preflight(folder: Path, nodes: list[str], start: list[str] | None = None, broken: str | None = None, **settings: object) -> tuple[dict, str]:
+def preflight(
+    folder: Path, nodes: list[str], start: list[str] | None = None, broken: str | None = None, **settings: object
+) -> tuple[dict, str]:
     """Run the preflight of `nodes` (addresses of this machine), of which `start` come and `broken` has no network; the verdict, and what was said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    count = {"nodes": len(nodes), "wanted": len(nodes), "ranks_per_node": 1, "gpus": 0, "notes": str(folder), "timeout": 40.0}
+    count = {
+        "nodes": len(nodes),
+        "wanted": len(nodes),
+        "ranks_per_node": 1,
+        "gpus": 0,
+        "notes": str(folder),
+        "timeout": 40.0,
+    }
     text = Settings(**{**count, **settings}).to_json()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": nodes[0],
+        "MASTER_PORT": str(port),
+    }
     processes = {
         name: subprocess.Popen(
             [sys.executable, "-m", "launch.preflight", text],
@@ -137,14 +161,21 @@ def preflight(folder: Path, nodes: list[str], start: list[str] | None = None, br
 def test_fit_nodes_exchange_data(tmp_path) -> None:
     verdict, said = preflight(tmp_path, ["127.0.0.1", "127.0.0.2"])
     assert verdict["bad"] == {} and verdict["chosen"] == ["127.0.0.1", "127.0.0.2"]
-    assert verdict["fabric"]["all_reduce"] > 0 and verdict["fabric"]["all_to_all"] > 0 and "2 nodes are fit; all-reduce" in said
+    assert (
+        verdict["fabric"]["all_reduce"] > 0
+        and verdict["fabric"]["all_to_all"] > 0
+        and "2 nodes are fit; all-reduce" in said
+    )
     assert set(verdict["nodes"]["127.0.0.2"]) == {"clock"}
 
 
 def test_a_node_that_does_not_come_is_named_and_a_spare_one_takes_its_place(tmp_path) -> None:
     nodes = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
     verdict, said = preflight(tmp_path, nodes, [nodes[0], nodes[2]], wanted=2, timeout=10.0)
-    assert verdict["bad"] == {"127.0.0.2": "did not answer within 10 s"} and verdict["chosen"] == ["127.0.0.1", "127.0.0.3"]
+    assert verdict["bad"] == {"127.0.0.2": "did not answer within 10 s"} and verdict["chosen"] == [
+        "127.0.0.1",
+        "127.0.0.3",
+    ]
     assert "127.0.0.2 is unfit" in said
 
 
@@ -170,8 +201,12 @@ def test_exchanges_of_pairs_tell_whose_fault_it_is(count: int, bad: set[int]) ->
         def _try(self, groups):
             for group in groups:
                 assert len(set(group)) == len(group)
-            assert len({name for group in groups for name in group}) == sum(map(len, groups))  # in one round nobody is twice
-            return [("lost" if len(group) > 1 and {int(name) for name in group} & bad else None, None) for group in groups]
+            assert len({name for group in groups for name in group}) == sum(
+                map(len, groups)
+            )  # in one round nobody is twice
+            return [
+                ("lost" if len(group) > 1 and {int(name) for name in group} & bad else None, None) for group in groups
+            ]
 
     names = [str(number) for number in range(count)]
     judge = Rehearsed(names, socket.socket(), "", Settings(count, count, 1, 0, ""))
