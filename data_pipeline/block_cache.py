@@ -19,8 +19,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline.catalogue import cache_folder
-from data_pipeline.units import parse_count
+from data_pipeline.catalogue import bytes_of, cache_folder
 
 _TRAILER = struct.Struct("<Q")
 _LOCKS = 1024  # one lock file serves many blocks: seldom two at once
@@ -30,7 +29,7 @@ _TOUCH_SECONDS = 60.0
 
 def cache_bytes() -> int:
     """The largest size of the cache: ``$MOE_TRAIN_CACHE_BYTES``, 20B unless set."""
-    return parse_count(os.environ.get("MOE_TRAIN_CACHE_BYTES", "20B"))
+    return bytes_of("MOE_TRAIN_CACHE_BYTES", "20B")
 
 
 class BlockCache:

@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline import storage
-from data_pipeline.errors import DamagedDataError
+from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.units import parse_count
 
 _FORMAT = 1
@@ -36,7 +36,15 @@ _PIECE = 1 << 23
 
 def verify_bytes() -> int:
     """Bytes that one start hashes at most: ``$MOE_TRAIN_VERIFY_BYTES``, 8B unless set; 0 for none."""
-    return parse_count(os.environ.get("MOE_TRAIN_VERIFY_BYTES", "8B"))
+    return bytes_of("MOE_TRAIN_VERIFY_BYTES", "8B")
+
+
+def bytes_of(variable: str, default: str) -> int:
+    """A number of bytes that an environment variable gives, as ``500B``."""
+    try:
+        return parse_count(os.environ.get(variable) or default)
+    except DataError as error:
+        raise DataError(f"the environment variable {variable}: {error}") from None
 
 
 def cache_folder() -> Path:

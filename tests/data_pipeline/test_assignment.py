@@ -63,6 +63,18 @@ def test_500_sources_one_heavy_every_prefix(heavy: float) -> None:
         assert worst < 2, (name, worst)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0, 9), st.integers(0, 499), st.integers(0, 2**45))
+def test_500_sources_one_heavy_anywhere(seed: int, heavy: float, which: int, samples: int) -> None:
+    values = np.random.default_rng(seed).lognormal(0, 2, 500).tolist()
+    values[which] *= 10**heavy
+    assignment = Assignment(named(values))
+    counts, right = assignment.counts(samples), due(assignment, named(values), samples)
+    assert sum(counts.values()) == samples
+    assert max(abs(counts[name] - right[name]) for name in counts) < 2
+    assert assignment.locate(np.array([samples]))[0][0] == assignment.locate_one(samples)[0]
+
+
 def test_fibonacci_weights_the_deepest_tree() -> None:
     fibonacci = [1, 1]
     while len(fibonacci) < 80:
