@@ -98,7 +98,7 @@ class ObjectStore:
         while True:
             answer = self._tried(head, lambda token=token: page(token), OPENING_SECONDS)
             for item in answer.get("Contents", ()):
-                found[f"s3://{bucket}/{item['Key']}"] = item["Size"], item["ETag"]
+                found[f"s3://{bucket}/{item['Key']}"] = item["Size"], _quoted(item["ETag"])
             token = answer.get("NextContinuationToken")
             if not token:
                 break
@@ -123,7 +123,7 @@ class ObjectStore:
                 data = await answer["Body"].read()
             finally:
                 answer["Body"].close()
-            if answer.get("ETag", version) != version:  # a store that knows no If-Match
+            if _quoted(answer.get("ETag", version)) != version:  # a store that knows no If-Match
                 raise _Replaced
             if len(data) != stop - start:
                 raise OSError(f"{len(data)} bytes came of {stop - start}")
@@ -194,6 +194,11 @@ def _judged(url: str, error: Exception, tries: int) -> str:
     if isinstance(error, (TypeError, AttributeError, NameError, KeyError)):
         raise error  # a bug, which no try will mend
     return told
+
+
+def _quoted(etag: str) -> str:
+    """An etag as requests want it; not every store says it so."""
+    return '"' + etag.strip('"') + '"'
 
 
 def _split(url: str) -> tuple[str, str]:

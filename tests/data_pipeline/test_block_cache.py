@@ -96,8 +96,8 @@ def test_without_a_disk(tmp_path: Path) -> None:
 
 def _reader(folder: Path, log: str, seed: int) -> None:
     cache = BlockCache(folder, 12 * SIZE)
-    for turn in range(200):
-        number = (turn * 7 + seed * (turn // 40)) % 40
+    for turn in range(80):
+        number = (turn * 7 + seed * (turn // 16)) % 40
 
         def fetch(number: int = number) -> bytes:
             with open(log, "a") as file:
