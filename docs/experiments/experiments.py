@@ -20,10 +20,10 @@ from pathlib import Path
 RUNS = Path(os.environ.get("RUNS", "build/experiments"))
 
 
-def run_all(runs: dict[str, list[str]], file: Path, tokens: int) -> None:
-    """Every run of ``runs``, over so many tokens: its name (of its folder below RUNS) -> what it sets in ``file``."""
+def run_all(runs: dict[str, list[str]], file: Path, tokens: int, order: int = 1234) -> None:
+    """Every run of ``runs``, over so many tokens in this order: its name (of its folder below RUNS) -> what it sets in ``file``."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    os.environ["TOKENS"] = str(tokens)
+    os.environ.update(TOKENS=str(tokens), ORDER=str(order))
     for name, overrides in runs.items():
         outcome = RUNS / name / "outcome.json"
         if outcome.exists() and json.loads(outcome.read_text())["code"] == 0:

@@ -77,6 +77,91 @@ def test_losses_and_their_gradients(topology, scope, top_k, balance_coef, z_coef
         torch.testing.assert_close(grad.double(), expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
+@pytest.mark.parametrize("loss, scale", [("switch", 0.5), ("skywork", None), ("skywork", 2.0)])
+def test_skyworks_router_and_its_gradients(topology, loss, scale, scope):
+    """Normalised logits, the squared deviation of the mean probabilities, a bias: against the formulas in fp64."""
+    normal = {} if scale is None else {"normalize_logits": True, "logit_scale": scale}
+    router, seen = new_router(topology, 2, scope=scope, load_balancing=loss, load_balancing_coef=3.0, bias=True, **normal)
+    with torch.no_grad():
+        router.bias.copy_(torch.linspace(-1, 1, EXPERTS))
+    x, tokens = new_tokens()
+    gates, experts, _ = router(x, tokens)
+    grad = torch.randn(gates.shape, generator=torch.Generator().manual_seed(3))
+    (gates * grad).sum().backward()
+
+    x64, weight, bias = (value.detach().double().requires_grad_() for value in (x, router.weight, router.bias))
+    logits = x64 @ weight.T + bias
+    z = logits.logsumexp(-1).square().mean()
+    if scale is not None:
+        deviation = (logits - logits.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+        logits = scale * (logits - logits.mean(-1, keepdim=True)) / deviation
+    probability = logits.softmax(-1)
+    expected = probability.gather(1, experts)
+    expected = expected / expected.sum(-1, keepdim=True)
+    of_tokens = (0, 1) if scope == "micro_batch" else (0,)
+    mean = probability.view(LENGTH, SEQUENCES, EXPERTS).mean(of_tokens)
+    if loss == "switch":
+        chosen = torch.zeros_like(probability).scatter(1, experts, 0.5).view(LENGTH, SEQUENCES, EXPERTS).mean(of_tokens)
+        balance = EXPERTS * (chosen * mean).sum(-1).mean()
+    else:
+        balance = (1 / EXPERTS - mean).square().sum(-1).mean()
+    torch.testing.assert_close(gates.double(), expected, atol=1e-5, rtol=1e-5)
+    assert seen[0].balance.item() == pytest.approx(balance.item(), rel=1e-4)
+    assert seen[0].z.item() == pytest.approx(z.item(), rel=1e-5), "the z-loss is that of the logits as they were"
+    ((expected * grad).sum() + 3.0 * balance + router.config.z_coef * z).backward()
+    for ours, theirs in ((x, x64), (router.weight, weight), (router.bias, bias)):
+        assert theirs.grad.abs().max() > 1e-3
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_normalisation_by_gradcheck(topology):
+    from moe_train.model.router import normalize
+
+    logits = torch.randn(4, EXPERTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    scores = normalize(logits, 0.7)
+    torch.testing.assert_close(scores.mean(-1), torch.zeros(4).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(scores.std(-1, correction=0), torch.full((4,), 0.7).double(), atol=1e-5, rtol=0)
+    assert torch.autograd.gradcheck(lambda logits: normalize(logits, 0.7), (logits,))
+    assert torch.equal(normalize(logits, 0.7).argsort(), logits.argsort())
+
+
+def test_equal_logits_have_equal_gates_and_finite_gradients(topology):
+    router, _ = new_router(topology, 2, normalize_logits=True, load_balancing="skywork")
+    with torch.no_grad():
+        router.weight.zero_()
+    x, tokens = new_tokens()
+    gates, *_ = router(x, tokens)
+    assert torch.equal(gates, torch.full_like(gates, 0.5))
+    (gates[:, 0]).sum().backward()
+    assert router.weight.grad.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_without_a_load_balancing_loss_the_load_pushes_nothing(topology):
+    router, seen = new_router(topology, 2, load_balancing="none", z_coef=0.0)
+    x, tokens = new_tokens()
+    gates, *_ = router(x, tokens)
+    (gates.sum() * 0).backward()
+    assert seen[0].balance == 0 and seen[0].counts.sum() == 2 * len(x)
+    assert router.weight.grad.abs().max() == 0 and x.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("normal", [{}, {"normalize_logits": True, "logit_scale": 2.0}])
+def test_how_sharp_the_gates_are(topology, normal):
+    router, seen = new_router(topology, 2, **normal)
+    x, tokens = new_tokens()
+    router(x, tokens)
+    router.watch_gates = True
+    router(x, tokens)
+    logits = (x @ router.weight.T).detach().double()
+    if normal:
+        logits = 2 * (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
+    first, second, third = logits.softmax(-1).sort(dim=-1, descending=True).values[:, :3].T
+    assert seen[0].sharpness is None
+    expected = torch.stack([(first / second).sum(), (second / third).sum()])
+    torch.testing.assert_close(seen[1].sharpness.double(), expected, rtol=1e-4, atol=0)
+
+
 def test_the_scopes_differ(topology):
     values = {}
     for scope in ("micro_batch", "sequence"):
