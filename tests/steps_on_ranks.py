@@ -44,16 +44,18 @@ def build(
 
     options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end)
     chunks = build_model(model, topology, options)
-    monitor = RouterMonitor(chunks, topology)
+    monitor = RouterMonitor(chunks, topology, gates=True)
     wrapped = wrap_data_parallel(chunks, overlap=False)
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr), bf16=precision == "bf16")
     return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
 
 
 def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH) -> list[dict]:
-    """Take ``steps`` (their numbers seed the data) and return loss, router losses, gradient norm and expert counts of each."""
+    """Take ``steps`` (their numbers seed the data) and return loss, gradient norm and what the routers did in each."""
+    from moe_train.training.adaptive import AdaptiveCoefficients
+
     chunks, stepper, optimizer, monitor, topology = built
-    data = topology.layout.data
+    data, coefficients = topology.layout.data, AdaptiveCoefficients(chunks)
     figures = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -66,9 +68,19 @@ def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_B
         optimizer.update(lr, norm)
         count = global_batch // micro_batch
         balance, z = monitor.losses(totals[1:], count)
-        counts = monitor.counts(totals[1:])
+        drop_rates = monitor.drop_rates(totals[1:])
+        coefficients.update(drop_rates)
         figures.append(
-            {"loss": float(totals[0]) / count, "balance": balance, "z": z, "norm": norm, "counts": counts}
+            {
+                "loss": float(totals[0]) / count,
+                "balance": balance,
+                "z": z,
+                "norm": norm,
+                "counts": monitor.counts(totals[1:]),
+                "routers": monitor.figures(totals[1:]),
+                "drop_rates": drop_rates,
+                "coefficients": coefficients.values,
+            }
         )
     return figures
 

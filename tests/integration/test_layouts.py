@@ -64,6 +64,38 @@ def test_nor_on_recomputation_or_where_attention_experts_live(ranks, world_size,
     assert_same_curve(curve, reference, f"{layout} {options}")
 
 
+ROUTERS = {
+    "skywork, dropped by position": ({"load_balancing": "skywork", "drop_by": "position"}, {}),
+    "switch, dropped by probability": ({"drop_by": "probability", "scope": "sequence"}, {}),
+    "one of each": ({"load_balancing": "none", "normalize_logits": False}, {"load_balancing": "skywork", "bias": True}),
+}
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_nor_does_what_the_routers_do(ranks, name, layout):
+    """Normalised logits, either loss, a capacity that drops or only counts, a coefficient that adapts to it."""
+    from moe_train.model.config import MixtureOfMLPConfig, RouterConfig
+
+    common = {"load_balancing_coef": 0.5, "normalize_logits": True, "capacity_factor": 1.0}
+    adaptive = {"adaptive": {"xi": 1.0, "max_coef": 0.2, "beta": 0.7}}
+    router, of_mlp = ROUTERS[name]
+    mlp = RouterConfig.model_validate({**common, **adaptive, **router, **of_mlp})
+    router = RouterConfig.model_validate({**common, **({} if router.get("load_balancing") == "none" else adaptive), **router})
+    model = {"router": router, "mlp": MixtureOfMLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2, router=mlp if of_mlp else None)}
+    expected = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, model=model)[0]
+    curves = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, model=model)
+    assert_same_curve(curves[0], expected, f"{layout} {name}")
+    last, wanted = curves[0][-1], expected[-1]
+    assert last["drop_rates"] == pytest.approx(wanted["drop_rates"], abs=0.02) and max(wanted["drop_rates"].values()) > 0.05
+    assert len(last["coefficients"]) == (4 if name == "one of each" else 8)
+    assert last["coefficients"] == pytest.approx(wanted["coefficients"], rel=2e-2)
+    assert max(last["coefficients"].values()) < 0.3, "the coefficients did not adapt"
+    assert all(curve[-1]["coefficients"] == last["coefficients"] for curve in curves), "ranks disagree"
+    for name, figures in wanted["routers"].items():
+        assert last["routers"][name]["max1_over_max2"] == pytest.approx(figures["max1_over_max2"], rel=1e-3)
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
 def test_nor_where_documents_are_kept_apart(ranks, layout):
     whole, apart = (
