@@ -120,7 +120,10 @@ def commit(target: Path, writing: Path) -> None:
         remove(target)
     os.rename(writing, target)
     flush(target.parent)
-    point_to(target)
+    try:
+        point_to(target)
+    except OSError:
+        pass  # a disk that is full by now: it is a checkpoint all the same, and the next one is pointed to
 
 
 def point_to(target: Path) -> None:

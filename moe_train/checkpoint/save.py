@@ -157,7 +157,7 @@ class Checkpointer:
             raise PolicyStop(
                 f"the last checkpoint could not be written ({self._last_failure}):"
                 " the steps since the one before it are lost;"
-                f" make room in {self.folder} and start the run again"
+                f" see to {self.folder} and start the run again"
             )
 
     def close(self, seconds: float = 60.0) -> None:

@@ -78,7 +78,12 @@ class Recorder:
         self._slow_ranks.add(figures.rank_seconds)
         if due:
             line["rank_seconds"] = self._slow_ranks.report()
+        before = self._metrics.failure
         self._metrics.append(line)
+        if self._metrics.failure and not before:
+            self.console.warn(f"{self.folder.metrics_path} cannot be written ({self._metrics.failure}): its lines wait in memory")
+        elif before and not self._metrics.failure:
+            self.console.say(f"{self.folder.metrics_path} can be written again and has all its lines")
         self.console.step(line, due)
         if due:
             self.console.router_health(line["step"], line["routers"])
@@ -106,7 +111,10 @@ class Recorder:
         else:
             done = f"went back to {checkpoint.name}, past samples {first} to {last - 1}"
             self.folder.event("rewind", step, **details, checkpoint=str(checkpoint))
-        self.folder.write_ledger(self.trainer.ledger.to_dict())
+        try:
+            self.folder.write_ledger(self.trainer.ledger.to_dict())
+        except OSError as error:  # every checkpoint has it too
+            self.console.warn(f"{self.folder.ledger_path} cannot be written ({error.strerror})")
         self.console.warn(f"step {step}: {fault}; {done} ({count} of at most {self.trainer.guard.config.max_skips})")
 
     def stopping(self, reason: str) -> None:

@@ -30,6 +30,7 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
         if nproc is not None:
             starter = "srun" if ranks.launcher == "slurm" else "torchrun"
             raise UserError(f"--nproc {nproc}: this process is rank {ranks.rank} of {ranks.world_size} that {starter} started; leave --nproc out")
+        RunFolder(config.output_dir).require_writable()
         ranks.export()
         return run_rank(*rank_target(config, resume))
     gpus = local_gpus()
@@ -40,6 +41,7 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     try:
         check_run(config, nproc, resume)
         done = completion(config) if resume == "auto" else None
+        folder.require_writable()
     except Exception as error:
         leave_outcome(folder, error, since)
         raise

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -52,6 +53,19 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run was started here before."""
         return self.starts > 0 or self.metrics_path.exists() or any(self.checkpoints.glob("iter_*"))
+
+    def require_writable(self) -> None:
+        """Make the folder, before anything else is tried. Raises UserError where it cannot be written."""
+        probe = self.path / f".writable.{os.getpid()}"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            probe.unlink(missing_ok=True)
+            raise UserError(
+                f"output_dir {self.path} cannot be written ({error.strerror}); repair that, or choose another"
+            ) from None
 
     def start(self, config_yaml: str, earlier: int = 0) -> int:
         """Begin a start of the run and return its number, from 1; `earlier`: starts that the folder may not know of.
@@ -95,7 +109,10 @@ class RunFolder:
             outcome = {"started": since}
         if outcome.get("code") == code and outcome.get("ended"):
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # there is no folder to say it in
         step = outcome.get("step")
         if step is None:
             step = last_step(self.metrics_path)
@@ -115,8 +132,12 @@ class RunFolder:
             return {}
 
     def event(self, kind: str, step: int | None = None, **details: Any) -> None:
-        """Append {time, step, kind, ...} to events.jsonl."""
-        append_line(self.events_path, {"time": now(), "step": step, "kind": kind, **details})
+        """Append {time, step, kind, ...} to events.jsonl; on stderr where a full disk does not take it."""
+        record = {"time": now(), "step": step, "kind": kind, **details}
+        try:
+            append_line(self.events_path, record)
+        except OSError as error:
+            _say(f"{self.events_path} cannot be written ({error.strerror}): {_encode(record).decode().strip()}")
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -153,7 +174,15 @@ class RunFolder:
 
     def _write_outcome(self, code: int | None, reason: str, step: int | None, started: str, ended: str | None) -> None:
         outcome = {"code": code, "reason": reason, "step": step, "started": started, "ended": ended}
-        write_atomically(self.outcome_path, json.dumps(outcome, indent=1) + "\n")
+        text = json.dumps(outcome, indent=1) + "\n"
+        try:
+            write_atomically(self.outcome_path, text)
+        except OSError:
+            # A full disk still takes what goes where something was: launchers must not believe what it said before.
+            try:
+                self.outcome_path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                _say(f"{self.outcome_path} cannot be written ({error.strerror}): {json.dumps(outcome)}")
 
 
 class MetricsLog:
@@ -169,7 +198,11 @@ class MetricsLog:
         self.dropped, kept = _cut_after(self.path, step)
         self.missing = step - kept
         """Steps at the end that have no line: the file was lost, or not on disk when the machine went down."""
+        self.failure: str | None = None
+        """Why the last lines are not in the file (a full disk); they are kept, and written as soon as it takes them."""
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._end = os.fstat(self._file).st_size
+        self._waiting = bytearray()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write the line of the next step. Figures that are not finite become null.
@@ -179,12 +212,17 @@ class MetricsLog:
         """
         if line["step"] != self.step + 1:
             raise ValueError(f"metrics of step {line['step']} after those of step {self.step}")
-        _write_all(self._file, _encode(line))
+        self._waiting += _encode(line)
         self.step += 1
+        self._write()
 
     def sync(self) -> None:
         """Bring all lines to the disk; before a checkpoint is committed, so that its steps are never missing."""
-        os.fsync(self._file)
+        self._write()
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self.failure = error.strerror
 
     def close(self) -> None:
         """Sync and close."""
@@ -192,6 +230,17 @@ class MetricsLog:
             self.sync()
             os.close(self._file)
             self._file = -1
+
+    def _write(self) -> None:
+        try:
+            _write_all(self._file, bytes(self._waiting))
+        except OSError as error:
+            os.ftruncate(self._file, self._end)  # half a line is no record
+            self.failure = error.strerror
+            return
+        self._end += len(self._waiting)
+        self._waiting.clear()
+        self.failure = None
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -234,11 +283,15 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that readers see the old content or the new, also after a power loss."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _cut_after(path: Path, step: int) -> tuple[int, int]:
@@ -298,6 +351,10 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
+
+
+def _say(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _write_all(file: int, data: bytes) -> None:
