@@ -134,6 +134,32 @@ def branch(
     return start(source, new, overrides=_checked(overrides), nproc=nproc)
 
 
+@app.command(context_settings=OVERRIDES)
+def profile(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")
+    ],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time, and to profile.")] = 3,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="A new folder for the traces and profile.json.")
+    ] = "profile",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> Optional[int]:
+    """Say where the time of a training step goes.
+
+    Takes a few steps from the run's beginning and leaves its folder alone.
+
+    \b
+    moe-train profile configs/run/demo.yaml --nproc 2 --out profile
+    """
+    from moe_train.config import load_run
+    from moe_train.profile.run import profile as measure
+
+    return measure(load_run(run, _checked(overrides)), nproc, steps, out, as_json)
+
+
 @app.command()
 def prepare(
     inputs: Annotated[

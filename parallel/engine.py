@@ -19,6 +19,8 @@ warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|nvid
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from parallel import cuda_settings  # noqa: E402
+from parallel.apex import find_apex  # noqa: E402
 from parallel.errors import EngineError  # noqa: E402
 from parallel.layout import Layout  # noqa: E402
 from parallel.topology import Topology  # noqa: E402
@@ -27,7 +29,8 @@ MEGATRON_VERSION = "0.16.1"
 
 
 def check_megatron() -> None:
-    """Raise :class:`EngineError` unless the pinned megatron-core (and psutil, which it needs and does not declare) is installed."""
+    """Raise :class:`EngineError` unless the pinned megatron-core (and psutil, which it needs and does not declare) is installed, and
+    no package that it would mistake for NVIDIA's Apex."""
     for package, wanted in (("megatron-core", MEGATRON_VERSION), ("psutil", None)):
         try:
             found = importlib.metadata.version(package)
@@ -38,6 +41,7 @@ def check_megatron() -> None:
                 f"megatron-core {found} is installed, this version of the framework is built on {wanted}: "
                 f"pip install 'megatron-core=={wanted}'"
             )
+    find_apex()
 
 
 def use_cuda() -> bool:
@@ -57,6 +61,7 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
     """
     check_megatron()
     if use_cuda():
+        cuda_settings.export(layout)
         if deterministic:  # cuBLAS reads it when it makes its first handle
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -32,7 +32,7 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 
 def build(
-    layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, lr=3e-3, seed=5
+    layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -46,7 +46,7 @@ def build(
     chunks = build_model(model, topology, options)
     monitor = RouterMonitor(chunks, topology, gates=True)
     wrapped = wrap_data_parallel(chunks, overlap=False)
-    optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr), bf16=precision == "bf16")
+    optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision == "bf16")
     return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
 
 

@@ -75,6 +75,8 @@ def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool
     per_element = 8 if training.precision == "fp32" else 12
     weights = result["optimizer"] // per_element * ELEMENT[training.precision]
     result["snapshot"] = result["optimizer"] + weights if config.checkpoint.async_save else 0
+    if config.optimizer.offload is not None:  # the moments lie in the host's memory then
+        result["optimizer"] -= result["optimizer"] // per_element * 8
     result["total"] = sum(result[part] for part in PARTS)
     result["total_worst"] = result["total"] + result["worst"]
     return result

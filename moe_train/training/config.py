@@ -111,6 +111,9 @@ class OptimizerConfig(Section):
     """On matrices only; norms and biases have none."""
     clip_grad: float | None = Field(1.0, gt=0)
     """The largest global norm of the gradient; null: no clipping."""
+    offload: Literal["torch", "deepspeed"] | None = None
+    """Keep the moments in host memory and update on the CPU, with torch's fused AdamW or DeepSpeed's CPU Adam:
+    where the optimizer does not fit the GPU. null: on the device."""
 
     @field_validator("betas", mode="before")
     @classmethod

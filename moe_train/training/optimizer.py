@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from moe_train.model.gradients import accumulate_in_place
 from moe_train.model.transformer import Transformer
 from moe_train.training.config import OptimizerConfig
+from moe_train.training.offload import OffloadedAdamW
 
 
 def wrap_data_parallel(chunks: list[Transformer], overlap: bool) -> list[DistributedDataParallel]:
@@ -94,6 +95,8 @@ class Optimizer:
                 group["weight_decay"] = config.weight_decay * group["wd_mult"]
                 if isinstance(part.optimizer, torch.optim.AdamW):
                     group["fused"] = True
+            if config.offload is not None:
+                part.optimizer = OffloadedAdamW(part.optimizer, config.offload)
 
     @property
     def _parts(self) -> list[DistributedOptimizer]:

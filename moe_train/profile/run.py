@@ -1,0 +1,195 @@
+"""Profile steps of a run: a trace for each rank, and a table of the parts of a step."""
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_train.config import RunConfig
+from moe_train.errors import UserError
+from moe_train.training.preflight import check_run
+from parallel.rank_env import rank_environment
+from parallel.spawn import local_gpus, run_rank, run_ranks
+
+if TYPE_CHECKING:
+    from parallel.topology import Topology
+
+TARGET = "moe_train.profile.run:profile_rank"
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of a step went on one rank. Seconds of one step each; the parts are those of `moe_train.profile.parts`."""
+
+    device: str
+    step_seconds: float
+    """Of the same steps without the profiler."""
+    profiled_seconds: float
+    """Of a step with it."""
+    parts: dict[str, float]
+    """On a GPU the time of its kernels, on a CPU that of the operations, shares of `profiled_seconds`."""
+    idle: float
+    """What is left: on a GPU no kernel ran, on a CPU no operation did (Python between them, or waiting)."""
+    peak_memory: int
+    """Bytes allocated at most on a GPU; the process's resident memory on a CPU."""
+    tokens_per_second: float
+    tflops_per_gpu: float
+    mfu: float | None
+
+
+def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json: bool) -> int:
+    """Profile ``steps`` steps of ``config`` from its beginning; neither the run's folder nor its checkpoints are touched.
+
+    Raises UserError: ``out`` has a trace already, or what `pretrain` would raise.
+    """
+    arguments = {"config": config.model_dump(mode="json", by_alias=True), "steps": steps, "out": out, "as_json": as_json}
+    ranks = rank_environment()
+    if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
+        ranks.export()
+        return run_rank(TARGET, arguments)
+    nproc = nproc or local_gpus() or 1
+    config.layout(nproc)
+    if (Path(out) / "profile.json").exists():
+        raise UserError(f"--out {out} holds a profile already; name another folder")
+    return run_ranks(nproc, TARGET, arguments)
+
+
+def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) -> int:
+    """One rank of it; rank 0 writes ``profile.json`` and prints the table."""
+    from parallel import engine
+
+    run = RunConfig.model_validate(config)
+    environment = rank_environment()
+    layout = run.layout(environment.world_size if environment else 1)
+    run = run.model_copy(update={"output_dir": str(Path(out) / "run")})
+    check_run(run, layout.world_size, "never")
+    topology = engine.start(layout, seed=run.training.seed, deterministic=run.training.deterministic)
+    from moe_train.training.throughput import Throughput
+    from moe_train.training.trainer import Trainer
+
+    trainer = Trainer(run, topology, "never")
+
+    def step() -> None:
+        trainer.optimizer.zero_grad()
+        trainer.monitor.reset()
+        trainer.stepper.train(trainer.read_micro_batches())
+        trainer.optimizer.update(run.optimizer.lr * 1e-3, trainer.optimizer.gradient_norm())
+
+    speed = Throughput(run.model.flops_per_token(run.mixture.sequence_length), layout.world_size, device_name(topology))
+    result = profile_steps(step, steps, topology, speed, run.tokens_per_step, Path(out))
+    trainer.close()
+    if topology.rank == 0:
+        (Path(out) / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(asdict(result)) if as_json else render(result, layout.world_size, out))
+    engine.stop()
+    return 0
+
+
+def profile_steps(
+    step: Callable[[], None], steps: int, topology: Topology, speed, tokens_per_step: int, out: Path | None
+) -> StepProfile:
+    """Time ``steps`` calls of ``step`` after two to warm up, then profile as many; every rank calls it.
+
+    Args:
+        speed: the Throughput that turns tokens and seconds into figures.
+        out: where each rank leaves its trace (chrome://tracing, perfetto); None: nowhere.
+    """
+    import torch
+
+    from moe_train.profile.parts import busy_time, named_parts, time_by_part
+
+    gpu = topology.device.type == "cuda"
+
+    def timed() -> float:
+        _synchronize(gpu)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _synchronize(gpu)
+        return (time.perf_counter() - began) / steps
+
+    for _ in range(2):
+        step()
+    plain = timed()
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+    with named_parts(), torch.profiler.profile(activities=activities) as recorded:
+        profiled = timed()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_trace(recorded, out / f"trace_rank_{topology.rank:05d}.json.gz")
+    events = recorded.events()
+    parts = {name: spent / 1e6 / steps for name, spent in time_by_part(events, gpu).items()}
+    busy = busy_time(events) / 1e6 / steps if gpu else sum(parts.values())
+    figures = speed.measure(tokens_per_step, plain)
+    return StepProfile(
+        device=device_name(topology),
+        step_seconds=plain,
+        profiled_seconds=profiled,
+        parts=parts,
+        idle=max(0.0, profiled - busy),
+        peak_memory=peak_memory(gpu),
+        tokens_per_second=figures["tokens_per_second"],
+        tflops_per_gpu=figures["tflops_per_gpu"],
+        mfu=figures["mfu"],
+    )
+
+
+def render(result: StepProfile, world_size: int, out: str) -> str:
+    """The table of a profile."""
+    from moe_train.plan.quantities import table
+    from moe_train.profile.parts import MEANING
+
+    whole = sum(result.parts.values()) + result.idle
+    meaning = {**MEANING, "idle": "nothing ran: Python between operations, or waiting"}
+    rows = [
+        [f"{name}: {meaning[name]}", f"{1e3 * seconds:.1f}", f"{100 * seconds / whole:.1f}%"]
+        for name, seconds in {**result.parts, "idle": result.idle}.items()
+    ]
+    lines = [
+        table(f"rank 0 of {world_size}, {result.device}", ["part of a step", "ms", "share"], rows),
+        f"a step took {1e3 * result.step_seconds:.1f} ms, {1e3 * result.profiled_seconds:.1f} ms with the profiler;"
+        f" {result.tokens_per_second:,.0f} tokens/s, {result.tflops_per_gpu:.4g} TFLOP/s a device"
+        + (f", MFU {100 * result.mfu:.1f}%" if result.mfu is not None else "")
+        + f"; peak memory {result.peak_memory / 2**30:.2f} GiB",
+        "operations counted: matrix products of forward and backward, top_k experts, head; recomputation not",
+        f"traces, for chrome://tracing or ui.perfetto.dev: {out}/trace_rank_*.json.gz",
+    ]
+    return "\n".join(lines)
+
+
+def device_name(topology: Topology) -> str:
+    """The name of the GPU, or ``CPU``."""
+    import torch
+
+    return torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU"
+
+
+def peak_memory(gpu: bool) -> int:
+    """Bytes."""
+    if gpu:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _synchronize(gpu: bool) -> None:
+    if gpu:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _write_trace(recorded, path: Path) -> None:
+    plain = path.with_suffix("")
+    recorded.export_chrome_trace(str(plain))
+    with open(plain, "rb") as source, gzip.open(path, "wb", compresslevel=3) as target:
+        shutil.copyfileobj(source, target)
+    plain.unlink()

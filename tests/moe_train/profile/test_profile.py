@@ -1,0 +1,92 @@
+"""Whose time is whose: operations of a step, forward and backward, counted by the part they are found to belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from moe_train.profile.parts import MEANING, busy_time, events_with_parts, named_parts, time_by_part
+from parallel.layout import Layout
+from tests.integration.runs import ROOT, write_corpora
+from tests.steps_on_ranks import MICRO_BATCH, build, small_model
+
+
+@pytest.fixture(scope="module", params=["none", "full"])
+def events(request):
+    """Of forward and backward of one micro-batch through 4 layers of 4 experts each, and an update."""
+    from parallel import engine
+
+    chunks, stepper, optimizer, _, _ = build(Layout(1, 1, 1, None, 1, 1), small_model(), recompute=request.param)
+    windows = torch.randint(0, 51, (MICRO_BATCH, 16), generator=torch.Generator().manual_seed(0))
+    with named_parts(), torch.profiler.profile() as recorded:
+        optimizer.zero_grad()
+        stepper.train([windows])
+        optimizer.update(1e-3, optimizer.gradient_norm())
+    engine.stop()
+    return request.param, recorded.events()
+
+
+def test_matrix_products_belong_where_they_are_written(events):
+    recompute, recorded = events
+    products = Counter(
+        part for event, part in events_with_parts(recorded) if event.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+    )
+    layers, experts = 4, 4
+    forward = 1 if recompute == "none" else 2
+    # Query, output, gate_up, down: a product of each expert forward, two backward (one where it accumulates in place).
+    assert products["experts"] == layers * 4 * experts * (forward + 2)
+    # Keys and values: one, and two backward. Routers are two of a layer.
+    assert products["attention"] == layers * (forward + 2)
+    assert products["router"] == 2 * layers * (forward + 2)
+    assert products["head"] == 3
+    assert set(products) == {"experts", "attention", "router", "head"}
+
+
+def test_every_part_has_time_and_all_of_it_is_given_out(events):
+    _, recorded = events
+    spent = time_by_part(recorded, device=False)
+    assert set(spent) == set(MEANING)
+    assert all(microseconds > 0 for microseconds in spent.values()), spent
+    every = sum(event.self_cpu_time_total for event in recorded if event.device_type == torch.autograd.DeviceType.CPU)
+    assert sum(spent.values()) == pytest.approx(every, rel=1e-6)
+    assert busy_time(recorded) == 0.0  # no GPU
+
+
+def test_training_is_as_it_was_afterwards():
+    from moe_train.model.router import Router
+
+    before = Router.forward
+    with named_parts():
+        assert Router.forward is not before
+    assert Router.forward is before
+
+
+def profile(folder, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moe_train", "profile", str(folder / "run.yaml"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def test_the_command(tmp_path):
+    write_corpora(tmp_path)
+    done = profile(tmp_path, "--nproc", "2", "--steps", "1", "--out", "there", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "there/profile.json").read_text())
+    assert set(result["parts"]) == set(MEANING) and result["device"] == "CPU" and result["mfu"] is None
+    assert result["tokens_per_second"] == pytest.approx(64 / result["step_seconds"])
+    assert sum(result["parts"].values()) + result["idle"] == pytest.approx(result["profiled_seconds"], rel=0.2)
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
+        "profile.json",
+        "trace_rank_00000.json.gz",
+        "trace_rank_00001.json.gz",
+    ]
+    assert not (tmp_path / "run").exists(), "the run's own folder was touched"
+    again = profile(tmp_path, "--nproc", "2", "--out", "there")
+    assert again.returncode == 2 and "there" in again.stderr and again.stderr.count("\n") == 1
