@@ -84,6 +84,10 @@ class MixtureOfAttentionConfig(ModelPart):
         projections = (2 + 2 * self.top_k) * hidden * self.width
         return projections + self.num_experts * hidden + self.top_k * self.width * length
 
+    def scaled(self, factor: float) -> MixtureOfAttentionConfig:
+        """With so many times the heads."""
+        return self.model_copy(update={"num_kv_heads": max(1, round(self.num_kv_heads * factor))})
+
 
 class GroupedQueryAttentionConfig(ModelPart):
     """Attention in which `num_heads / num_kv_heads` query heads share each head of keys and values (Llama,
@@ -142,6 +146,11 @@ class GroupedQueryAttentionConfig(ModelPart):
     def multiply_adds(self, hidden: int, length: int) -> int:
         """Of one token's forward pass in a sequence of `length`: matrix products, half of all scores."""
         return 2 * hidden * (self.width + self.kv_width) + self.width * length
+
+    def scaled(self, factor: float) -> GroupedQueryAttentionConfig:
+        """With so many times the heads, in groups as large."""
+        heads = max(1, round(self.num_kv_heads * factor))
+        return self.model_copy(update={"num_heads": heads * self.queries_per_kv_head, "num_kv_heads": heads})
 
 
 class MixtureOfMLPConfig(ModelPart):

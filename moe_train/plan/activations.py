@@ -39,8 +39,10 @@ class Workload:
 
     def rows(self, part: str, worst: bool = False) -> int:
         """R of the experts of ``attention`` or ``mlp``; at worst every token of the expert group chooses
-        here."""
-        config = self.model.attention if part == "attention" else self.model.mlp
+        here. T where there are no experts."""
+        config = getattr(self.model, part)
+        if not config.num_experts:
+            return self.tokens
         ranks = self.layout.expert if part == "mlp" or self.sharded_attention else 1
         if worst:
             return self.tokens * ranks * min(config.top_k, config.num_experts // ranks)
@@ -52,25 +54,27 @@ def layer_bytes(work: Workload, recompute: str = "none", worst: bool = False) ->
     hidden = work.model.hidden_size
     if recompute == "full":
         return work.tokens * hidden * work.element
-    inner = 0 if recompute == "selective" else expert_inner_bytes(work, worst)
-    return _attention(work, worst) + _router_and_norm(work, "mlp") + _mlp_rows(work, worst) + inner
+    inner = 0 if recompute == "selective" else mlp_inner_bytes(work, worst)
+    attention, mlp = _ATTENTION[work.model.attention.kind], _MLP[work.model.mlp.kind]
+    return 2 * _norm(work) + attention(work, worst) + mlp(work, worst) + inner
 
 
-def _router_and_norm(work: Workload, part: str) -> int:
-    """The norm's input and output, its scale; the router's logits and probabilities, choice, gates and
-    permutation."""
-    config = work.model.attention if part == "attention" else work.model.mlp
-    per_token = 2 * work.model.hidden_size * work.element + 4
-    per_token += 2 * 4 * config.num_experts + 4
-    per_token += config.top_k * (8 + 4 + work.element + 16)
-    return work.tokens * per_token
+def _norm(work: Workload) -> int:
+    """The norm's input and output, and its scale."""
+    return work.tokens * (2 * work.model.hidden_size * work.element + 4)
 
 
-def _attention(work: Workload, worst: bool) -> int:
+def _router(work: Workload, part: str) -> int:
+    """Logits and probabilities, choice, gates and permutation."""
+    config = getattr(work.model, part)
+    return work.tokens * (2 * 4 * config.num_experts + 4 + config.top_k * (8 + 4 + work.element + 16))
+
+
+def _mixture_of_attention(work: Workload, worst: bool) -> int:
     attention, ranks = work.model.attention, work.layout.tensor
     rows = work.rows("attention", worst)
     home = work.tokens * attention.top_k
-    size = _router_and_norm(work, "attention")
+    size = _router(work, "attention")
     size += (
         rows * (work.model.hidden_size + attention.width) * work.element
     )  # inputs of query and output experts
@@ -81,14 +85,30 @@ def _attention(work: Workload, worst: bool) -> int:
     return size + work.whole * attention.top_k * attention.num_kv_heads // ranks * 4  # log-sum-exp
 
 
-def _mlp_rows(work: Workload, worst: bool) -> int:
-    """Inputs of the experts where they work, and their answers at home."""
+def _grouped_query_attention(work: Workload, worst: bool) -> int:
+    attention, tokens = work.model.attention, work.tokens  # all tokens, one tensor rank's part of the heads
+    queries, keys = tokens * attention.width * work.element, tokens * attention.kv_width * work.element
+    size = 2 * queries + 2 * keys + tokens * attention.num_heads * 4  # q, o; k, v; log-sum-exp
+    return size + (queries + keys + 2 * 4 * work.whole if attention.qk_norm else 0)  # inputs and scales of the norms
+
+
+def _mixture_of_mlp(work: Workload, worst: bool) -> int:
+    """The router; inputs of the experts where they work, and their answers at home."""
     rows = work.rows("mlp", worst) + work.tokens * work.model.mlp.top_k
-    return rows * work.model.hidden_size * work.element
+    return _router(work, "mlp") + rows * work.model.hidden_size * work.element
 
 
-def expert_inner_bytes(work: Workload, worst: bool = False) -> int:
-    """What `recompute: selective` does not keep: gate, up and their product inside the MLP experts."""
+def _dense_mlp(work: Workload, worst: bool) -> int:
+    return 0  # its input is the norm's output
+
+
+_ATTENTION = {"mixture": _mixture_of_attention, "gqa": _grouped_query_attention}
+_MLP = {"mixture": _mixture_of_mlp, "dense": _dense_mlp}
+"""By kind: what is kept, but for the norm before it and what :func:`mlp_inner_bytes` counts."""
+
+
+def mlp_inner_bytes(work: Workload, worst: bool = False) -> int:
+    """What `recompute: selective` does not keep: gate, up and their product inside the MLPs."""
     widths = 3 if work.model.mlp.activation == "silu" else 4
     return work.rows("mlp", worst) * widths * work.model.mlp.ffn_hidden_size * work.element
 
@@ -98,7 +118,7 @@ def recomputed_bytes(work: Workload, recompute: str, worst: bool = False) -> int
     if recompute == "none":
         return 0
     if recompute == "selective":
-        return expert_inner_bytes(work, worst)
+        return mlp_inner_bytes(work, worst)
     return layer_bytes(work, "none", worst) - layer_bytes(work, "full", worst)
 
 
@@ -121,11 +141,14 @@ def dispatch_bytes(work: Workload, worst: bool = False) -> int:
     """Buffers of one all-to-all: what is sent, what is received, and the received sorted by expert."""
     if work.layout.expert == 1:
         return 0
-    trips = [(work.rows("mlp", worst), work.tokens * work.model.mlp.top_k, work.model.hidden_size)]
-    if work.sharded_attention:
-        width = max(work.model.hidden_size, work.model.attention.width)
-        trips.append((work.rows("attention", worst), work.tokens * work.model.attention.top_k, width))
-    return max((2 * rows + home) * width for rows, home, width in trips) * work.element
+    attention, mlp, hidden = work.model.attention, work.model.mlp, work.model.hidden_size
+    trips = []
+    if mlp.num_experts:
+        trips.append((work.rows("mlp", worst), work.tokens * mlp.top_k, hidden))
+    if attention.num_experts and work.sharded_attention:
+        home = work.tokens * attention.top_k
+        trips.append((work.rows("attention", worst), home, max(hidden, attention.width)))
+    return max(((2 * rows + home) * width for rows, home, width in trips), default=0) * work.element
 
 
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:

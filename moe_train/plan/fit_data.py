@@ -123,7 +123,7 @@ def _from_folder(folder: Path) -> Run:
         tokens=points[-1][0],
         loss=sum(loss for _, loss in tail) / len(tail),
         total_params=model.num_parameters(),
-        sparsity=1 - model.mlp.top_k / model.mlp.num_experts,
+        sparsity=model.mlp.sparsity,
         curve=curve,
     )
 

@@ -202,7 +202,7 @@ def _divisions(config: RunConfig, world: int) -> Iterator[dict[str, int | None]]
                 continue
             data = world // (tensor * pipeline)
             for virtual in _divisors(model.num_layers // pipeline) if pipeline > 1 else [1]:
-                for expert in _divisors(model.mlp.num_experts):
+                for expert in _divisors(model.mlp.num_experts or model.attention.num_experts or 1):
                     if (tensor * data) % expert == 0:
                         yield {
                             "tensor": tensor,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_train.model.config import ModelConfig
+from moe_train.model.flops import layer_weights
 from parallel.layout import Layout
 
 BUCKET_SIZE = 40_000_000
@@ -64,14 +65,13 @@ def chunk_parameters(
 
     Every tensor and expert rank holds as many elements, so only stage and chunk matter.
     """
-    attention, mlp, hidden = model.attention, model.mlp, model.hidden_size
+    hidden = model.hidden_size
     chunks = layout.virtual_pipeline or 1
     first = stage == 0 and chunk == 0
     last = stage == layout.pipeline - 1 and chunk == chunks - 1
     vocabulary = -(-model.vocab_size // layout.tensor) * hidden
     alone = model.tie_embeddings and layout.pipeline > 1
-    experts = attention.num_experts // (layout.expert if sharded_attention else 1)
-    split = sharded_attention
+    parts = {"whole": 1, "tensor": layout.tensor, "expert": layout.expert}
     result = []
     if last and not (model.tie_embeddings and first):
         result.append(Parameter("head.weight", vocabulary, own_bucket=alone))
@@ -80,25 +80,10 @@ def chunk_parameters(
     per_chunk = model.num_layers // (layout.pipeline * chunks)
     begin = (chunk * layout.pipeline + stage) * per_chunk
     for layer in range(begin, begin + per_chunk):
-        prefix = f"layers.{layer}."
-        result += [
-            Parameter(prefix + "attention_norm.weight", hidden),
-            Parameter(prefix + "attention.bias", hidden),
-            Parameter(prefix + "attention.router.weight", attention.num_experts * hidden),
-            Parameter(prefix + "attention.query.weight", experts * attention.width * hidden, expert=split),
-            Parameter(prefix + "attention.output.weight", experts * attention.width * hidden, expert=split),
-            Parameter(prefix + "attention.kv.weight", 2 * attention.width // layout.tensor * hidden),
-            Parameter(prefix + "mlp_norm.weight", hidden),
-            Parameter(prefix + "mlp.bias", hidden),
-            Parameter(prefix + "mlp.router.weight", mlp.num_experts * hidden),
-            *(
-                Parameter(prefix + name, mlp.num_experts // layout.expert * rows * hidden, expert=True)
-                for name, rows in (
-                    ("mlp.gate_up.weight", 2 * mlp.ffn_hidden_size),
-                    ("mlp.down.weight", mlp.ffn_hidden_size),
-                )
-            ),
-        ]
+        for name, (shape, split) in layer_weights(model, layer).items():
+            if split == "expert" and not sharded_attention and ".attention." in name:
+                split = "whole"
+            result.append(Parameter(name, math.prod(shape) // parts[split], expert=split == "expert"))
     if last:
         result.append(Parameter("final_norm.weight", hidden))
     return result

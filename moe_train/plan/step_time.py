@@ -41,11 +41,8 @@ def forward_flops(work: Workload, head: bool, layers: int) -> float:
     """Operations of the forward pass of one micro-batch through some layers, and the head, on one tensor
     rank."""
     model, length = work.model, work.sequence_length
-    attention, mlp, hidden = model.attention, model.mlp, model.hidden_size
-    width = attention.width
-    layer = 2 * hidden * width * (1 + attention.top_k) + attention.top_k * width * length
-    layer += mlp.top_k * 3 * hidden * mlp.ffn_hidden_size + (attention.num_experts + mlp.num_experts) * hidden
-    per_token = 2.0 * (layers * layer + (model.vocab_size * hidden if head else 0))
+    layer = model.attention.multiply_adds(model.hidden_size, length) + model.mlp.multiply_adds(model.hidden_size)
+    per_token = 2.0 * (layers * layer + (model.vocab_size * model.hidden_size if head else 0))
     return per_token * work.whole / work.layout.tensor
 
 
@@ -55,32 +52,44 @@ def recomputed_flops(work: Workload, recompute: str, layers: int) -> float:
         return 0.0
     if recompute == "full":
         return forward_flops(work, False, layers)
-    mlp = work.model.mlp
-    experts = 2.0 * mlp.top_k * 3 * work.model.hidden_size * mlp.ffn_hidden_size
-    return layers * experts * work.tokens
+    return layers * 2.0 * 3 * work.model.hidden_size * work.model.mlp.active_width * work.tokens
 
 
 def exchanged_bytes(work: Workload, recompute: str, layers: int) -> tuple[float, float]:
     """(tensor, expert): bytes that one GPU sends for one micro-batch, forward and backward.
 
-    Tensor ranks gather the input of keys and values (and gather it again and scatter its gradient
-    backward), and trade sequence for heads around the attention. Expert ranks send and answer: MLP rows of
-    width H; with sharded attention experts the query's (H there, D back) and the output's (D there, H
-    back).
+    Tensor ranks gather the input of a column-parallel layer (and gather it again and scatter its gradient
+    backward), and scatter the output of a row-parallel one (and gather its gradient); a mixture of attention
+    trades sequence for heads instead. Expert ranks send and answer: MLP rows of width H; with sharded
+    attention experts the query's (H there, D back) and the output's (D there, H back).
     """
-    model, layout, element = work.model, work.layout, work.element
-    attention, hidden, width = model.attention, model.hidden_size, model.attention.width
+    attention, mlp, hidden, layout = work.model.attention, work.model.mlp, work.model.hidden_size, work.layout
     again = 1.5 if recompute == "full" else 1.0  # a third trip each way where layers run twice
     tensor = expert = 0.0
     if layout.tensor > 1:
         away = (layout.tensor - 1) / layout.tensor
-        tensor = away * (3 * work.whole * hidden + 4 * work.tokens * attention.top_k * width)
+        tensor = away * (_ATTENTION_OVER_TENSOR_RANKS[attention.kind](work) + _MLP_OVER_TENSOR_RANKS[mlp.kind](work))
     if layout.expert > 1:
         away = (layout.expert - 1) / layout.expert
-        expert = away * 4 * work.tokens * model.mlp.top_k * hidden
-        if work.sharded_attention:
-            expert += away * 4 * work.tokens * attention.top_k * (hidden + width)
-    return tensor * layers * element * again, expert * layers * element * again
+        if mlp.num_experts:
+            expert = away * 4 * work.tokens * mlp.top_k * hidden
+        if attention.num_experts and work.sharded_attention:
+            expert += away * 4 * work.tokens * attention.top_k * (hidden + attention.width)
+    return tensor * layers * work.element * again, expert * layers * work.element * again
+
+
+def _column_and_row(work: Workload) -> int:
+    return 5 * work.whole * work.model.hidden_size
+
+
+def _mixture_of_attention(work: Workload) -> int:
+    attention = work.model.attention
+    return 3 * work.whole * work.model.hidden_size + 4 * work.tokens * attention.top_k * attention.width
+
+
+_ATTENTION_OVER_TENSOR_RANKS = {"mixture": _mixture_of_attention, "gqa": _column_and_row}
+_MLP_OVER_TENSOR_RANKS = {"mixture": lambda work: 0, "dense": _column_and_row}
+"""By kind: elements that go through all tensor ranks for one layer of a micro-batch."""
 
 
 def reduced_bytes(buffers: list[tuple[Buffer, bool]]) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""`moe-train plan sweep`: the run files of an IsoFLOP or sparsity sweep over small JetMoEs, ready to
-launch."""
+"""`moe-train plan sweep`: the run files of an IsoFLOP or sparsity sweep over small models of one kind, ready
+to launch."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def sweep(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} is not empty; name a new folder")
+    if sparsities and not config.model.mlp.num_experts:
+        raise UserError(f"--sparsity varies the experts of a mixture, and the MLP of {base} is dense; leave it out")
     middle = positive(around, "--around") if around is not None else None
     shares = [check_sparsity(s) for s in sparsities] if sparsities else [None]
     plans = [
@@ -115,7 +117,7 @@ def _of_budget(
                 f" {format_count(config.tokens_per_step)} tokens, fewer than {FEWEST_STEPS}: give a larger"
                 " budget, a smaller --around, or a smaller training.global_batch_size in the base run"
             )
-        actual = 1 - model.mlp.top_k / model.mlp.num_experts
+        actual = model.mlp.sparsity
         name = f"c{flops:.2g}-n{format_count(active, 1)}-s{actual:.3g}".replace("+", "")
         result.append(
             (
@@ -151,17 +153,17 @@ def _shaped(base: ModelConfig, active: float, sparsity: float | None) -> ModelCo
 
 def _of_width(base: ModelConfig, width: int, sparsity: float | None) -> ModelConfig:
     factor = width / base.hidden_size
-    experts = base.mlp.num_experts
-    if sparsity is not None:
-        experts = max(base.mlp.top_k, round(base.mlp.top_k / (1 - sparsity)))
     ffn = max(16, round(base.mlp.ffn_hidden_size * factor / 16) * 16)
-    heads = max(1, round(base.attention.num_kv_heads * factor))
+    mlp = base.mlp.model_copy(update={"ffn_hidden_size": ffn})
+    if sparsity is not None:
+        experts = max(mlp.top_k, round(mlp.top_k / (1 - sparsity)))
+        mlp = mlp.model_copy(update={"num_experts": experts})
     return base.model_copy(
         update={
             "hidden_size": width,
             "num_layers": max(1, round(base.num_layers * factor)),
-            "attention": base.attention.model_copy(update={"num_kv_heads": heads}),
-            "mlp": base.mlp.model_copy(update={"ffn_hidden_size": ffn, "num_experts": experts}),
+            "attention": base.attention.scaled(factor),
+            "mlp": mlp,
         }
     )
 
