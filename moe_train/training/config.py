@@ -166,10 +166,11 @@ class FaultsConfig(Section):
     and pass over the data since; or stop."""
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
     """A sudden jump of the loss or the gradient norm."""
-    spike_deviations: float = Field(6.0, gt=0)
-    """Standard deviations over the mean of the last 128 steps from which on it is one."""
+    spike_deviations: float = Field(20.0, gt=0)
+    """Standard deviations over the mean of the last 128 steps from which on it is one. Gradient norms have long
+    tails that clipping takes care of: 6 would leave out one update in a hundred of a small model."""
     max_skips: int = Field(20, ge=0)
-    """How often a run may skip or rewind before it stops with status 6."""
+    """How often a run may skip or rewind within 1,000 steps before it stops with status 6."""
     check_replicas: Interval | None = None
     """How often copies of one weight on several ranks are compared; null: never."""
     step_timeout: Seconds = 600.0

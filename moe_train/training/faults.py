@@ -12,6 +12,8 @@ from moe_train.training.config import FaultsConfig
 
 WINDOW = 128
 """Steps that a new loss is compared with."""
+SKIP_WINDOW = 1000
+"""Steps within which ``max_skips`` updates may be left out: a long run may meet many bad batches, not many at once."""
 ENOUGH = 32
 """Steps before anything is called a spike."""
 LEAST_RISE = 0.1
@@ -38,6 +40,7 @@ class FaultGuard:
     def __init__(self, config: FaultsConfig):
         self.config = config
         self.skips = 0
+        self._recent: deque[int] = deque()  # steps left out within SKIP_WINDOW
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
@@ -56,21 +59,24 @@ class FaultGuard:
             raise PolicyStop(
                 f"step {step}: {text}; the checkpoint before it is kept, look at its data or lower the learning rate"
             )
-        self.skips += 1
-        if self.skips > self.config.max_skips:
+        while self._recent and self._recent[0] <= step - SKIP_WINDOW:
+            self._recent.popleft()
+        if len(self._recent) >= self.config.max_skips:
             raise PolicyStop(
-                f"step {step}: {text}, and faults.max_skips {self.config.max_skips} updates were left out before; "
+                f"step {step}: {text}, and faults.max_skips {self.config.max_skips} of the last {SKIP_WINDOW} updates were left out before; "
                 f"resume from an earlier checkpoint with a lower learning rate, or raise max_skips"
             )
+        self.skips += 1
+        self._recent.append(step)
         return Fault(text, action)
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"skips": self.skips, "losses": list(self._losses), "norms": list(self._norms)}
+        return {"skips": self.skips, "recent": list(self._recent), "losses": list(self._losses), "norms": list(self._norms)}
 
     def restore(self, state: dict) -> None:
         """Go on from what :meth:`state` gave."""
-        self.skips = state["skips"]
+        self.skips, self._recent = state["skips"], deque(state["recent"])
         self.rewind(state)
 
     def rewind(self, state: dict) -> None:

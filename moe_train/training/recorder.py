@@ -115,7 +115,7 @@ class Recorder:
             self.folder.write_ledger(self.trainer.ledger.to_dict())
         except OSError as error:  # every checkpoint has it too
             self.console.warn(f"{self.folder.ledger_path} cannot be written ({error.strerror})")
-        self.console.warn(f"step {step}: {fault}; {done} ({count} of at most {self.trainer.guard.config.max_skips})")
+        self.console.warn(f"step {step}: {fault}; {done} ({count} of this run so far)")
 
     def stopping(self, reason: str) -> None:
         """Record what the ranks have agreed to stop for."""

@@ -8,7 +8,7 @@ import pytest
 
 from moe_train.errors import PolicyStop
 from moe_train.training.config import FaultsConfig
-from moe_train.training.faults import ENOUGH, FaultGuard
+from moe_train.training.faults import ENOUGH, SKIP_WINDOW, FaultGuard
 
 
 def guard(steps: int = ENOUGH, **config) -> FaultGuard:
@@ -32,12 +32,13 @@ def test_a_spike_is_so_many_deviations_over_the_window(loss, norm, name) -> None
     fault = guard(spike_deviations=6.0).judge(99, loss, norm)
     assert fault.action == "skip" and fault.text.startswith(f"{name} {max(loss, norm) if name == 'loss' else norm}")
     assert guard(spike_deviations=9.0).judge(99, loss, norm) is None
-    assert guard(ENOUGH - 1).judge(99, loss, norm) is None  # too little to compare with
+    assert guard().judge(99, loss, norm) is None  # by default clipping is trusted with as much
+    assert guard(ENOUGH - 1, spike_deviations=6.0).judge(99, loss, norm) is None  # too little to compare with
     assert guard(on_spike="ignore").judge(99, loss, norm) is None
 
 
 def test_a_flat_curve_may_move_a_little() -> None:
-    made = FaultGuard(FaultsConfig())
+    made = FaultGuard(FaultsConfig(spike_deviations=6.0))
     for step in range(ENOUGH):
         made.judge(step, 3.0, 1.0)
     assert made.judge(99, 3.2, 1.05) is None
@@ -45,7 +46,7 @@ def test_a_flat_curve_may_move_a_little() -> None:
 
 
 def test_a_spike_does_not_raise_the_limit_of_the_next() -> None:
-    made = guard()
+    made = guard(spike_deviations=6.0)
     assert [made.judge(99, 9.0, 1.0).text for _ in range(3)] == ["loss 9 is a spike (limit 3.6)"] * 3
 
 
@@ -61,8 +62,9 @@ def test_how_often_is_bounded_and_counted_over_restarts() -> None:
     second = FaultGuard(FaultsConfig(max_skips=2))
     second.restore(first.state())
     assert second.judge(41, 9.0, 1.0) and second.skips == 2  # the window came along
-    with pytest.raises(PolicyStop, match="step 42: .*max_skips 2 updates were left out before"):
+    with pytest.raises(PolicyStop, match="step 42: .*max_skips 2 of the last 1000 updates were left out before"):
         second.judge(42, math.nan, 1.0)
+    assert second.judge(40 + SKIP_WINDOW, math.nan, 1.0) and second.skips == 3  # the first one is long ago
 
 
 def test_going_back_takes_the_window_back_but_not_the_count() -> None:
@@ -72,4 +74,4 @@ def test_going_back_takes_the_window_back_but_not_the_count() -> None:
         made.judge(step, 6.0, 1.0)
     assert made.judge(40, math.nan, 1.0)
     made.rewind(then)
-    assert made.state() == {**then, "skips": 1}
+    assert made.state() == {**then, "skips": 1, "recent": [40]}
