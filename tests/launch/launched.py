@@ -13,7 +13,7 @@ from tests.launch.slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = {"env": {"OMP_NUM_THREADS": 1}, "max_restarts": 1, "warning": "40s", "preflight": None}
-PATIENCE = 300
+PATIENCE = 900
 """Seconds for whatever happens within seconds on a machine that has nothing else to do."""
 
 

@@ -20,7 +20,7 @@ from moe_train.errors import UserError
 from tests.launch import runs
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300
+PATIENCE = 900
 """Seconds for whatever happens within seconds on a machine that has nothing else to do."""
 
 

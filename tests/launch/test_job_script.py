@@ -1,0 +1,187 @@
+"""What the batch script does next, for everything that a start can come to: the script itself, with stand-ins for Slurm's commands.
+
+`test_on_slurm.py` has the same script on a real Slurm, for what a real one can be brought to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.job import load_job
+from launch.journal import Journal
+from launch.script import render
+from tests.launch.runs import write_run
+
+# srun is called for the check of the files, then for the nodes, then for the ranks; a test says what each comes to.
+SRUN = """#!/bin/bash
+case "$*" in
+  *--dry-run*) exit ${T_CHECK:-0} ;;
+  *launch.preflight*)
+    echo "$T_BAD" | tr , '\\n' | sed '/^$/d' > "$NOTES/bad_nodes"
+    if [ -n "$T_GOOD" ]; then echo "$T_GOOD" | tr , '\\n' > "$NOTES/good_nodes"; fi ;;
+  *)
+    echo "$*" >> "$NOTES/ranks"
+    if [ -n "$T_CODE" ]; then
+      sleep 0.01
+      printf '{\\n "code": %s,\\n "reason": "%s",\\n "step": 7,\\n "started": "%s",\\n "ended": "x"\\n}\\n' \\
+        "$T_CODE" "$T_WHY" "$(date -u +%Y-%m-%dT%H:%M:%S.%3N+00:00)" > "$NOTES/../outcome.json"
+    fi
+    if [ -n "$T_NEWER" ]; then echo "$T_NEWER" > "$NOTES/current"; exec sleep 60; fi ;;
+esac
+"""
+SCONTROL = """#!/bin/bash
+case "$*" in
+  *hostnames*) printf 'node1\\nnode2\\n' ;;
+  *"show job"*) echo "JobId=7 Restarts=${T_RESTARTS:-0} ExcNodeList=${T_EXCLUDED:-(null)} End" ;;
+  requeue*) echo "$*" >> "$NOTES/slurm"; kill -KILL $PPID ;;
+  update*) echo "$*" >> "$NOTES/slurm" ;;
+esac
+"""
+SBATCH = """#!/bin/bash
+echo "sbatch $*" >> "$NOTES/slurm"
+[ -z "${SLURM_JOB_ID:-}" ] || echo "inherits SLURM_JOB_ID" >> "$NOTES/slurm"
+echo "$T_ANSWER"
+[ "$T_ANSWER" = 8 ]
+"""
+
+
+@dataclass
+class Ended:
+    """A start of the script that is over."""
+
+    said: str
+    notes: Path
+
+    @property
+    def end(self) -> dict:
+        return [each for each in Journal(self.notes.parent).starts() if each["kind"] == "end"][-1]
+
+    @property
+    def over(self) -> dict | None:
+        return Journal(self.notes.parent).over()
+
+    @property
+    def asked(self) -> list[str]:
+        path = self.notes / "slurm"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """``start(chain=..., cluster=..., CODE=...)``: the script of a run on two nodes, to its end."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    def run(
+        *,
+        chain: int = 1,
+        spares: int = 0,
+        failures: int = 0,
+        cancel: bool = False,
+        warned: bool = False,
+        **variables: str,
+    ) -> Ended:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        job = load_job(str(write_run(folder, {"max_restarts": 1})), chain=chain, spares=spares)
+        job.notes.mkdir(parents=True)
+        (job.notes / "jobs.jsonl").write_text(
+            '{"time": "t", "job": "7", "nodes": 2}\n{"time": "t", "job": "9", "nodes": 2}\n'
+        )
+        (job.notes / "failures").write_text("0\n" * failures)
+        (job.notes / "ranks").touch()
+        script = render(job)
+        if cancel:  # while the ranks are on
+            script = script.replace("# ---- the ranks ----", 'touch "$NOTES/cancel"')
+        if warned:
+            script = script.replace("# ---- the ranks ----", "kill -USR1 $$")
+        environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "NOTES": str(job.notes),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_CONF": "x",
+        }
+        variables = {"GOOD": "node1,node2", "WHY": "because", **variables}
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env={**environment, **{f"T_{name}": text for name, text in variables.items()}},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Ended(done.stdout + done.stderr, job.notes)
+
+    return run
+
+
+NEXT: list[tuple[dict, int | None, str, int | None]] = [
+    ({"CODE": "0"}, 0, "over", 0),
+    ({"CODE": "1"}, 1, "requeue", None),
+    ({"CODE": "2"}, 2, "over", 2),
+    ({"CODE": "4"}, 4, "requeue", None),
+    ({"CODE": "5"}, 5, "requeue", None),
+    ({"CODE": "6"}, 6, "over", 6),
+    ({}, None, "requeue", None),
+    ({"CHECK": "2"}, 2, "over", 2),
+    ({"CODE": "3", "WHY": "signal SIGTERM"}, 3, "requeue", None),
+    ({"CODE": "3", "WHY": "file stop"}, 3, "over", 3),
+    ({"CODE": "3", "WHY": "file stop", "warned": True}, 3, "requeue", None),
+    ({"CODE": "3", "WHY": "file stop", "warned": True, "chain": 2}, 3, "chain", None),
+    ({"warned": True, "failures": 1}, None, "requeue", None),
+    ({"CODE": "3", "WHY": "file stop", "cancel": True}, 3, "over", 3),
+    ({"CODE": "5", "cancel": True}, 3, "over", 3),
+    ({"CODE": "5", "failures": 1}, 5, "loop", 6),
+    ({"CODE": "2", "failures": 1}, 2, "over", 2),
+    ({"GOOD": ""}, 5, "requeue", None),
+]
+"""What a start comes to; the status that is noted, what comes next, and the status in over.json."""
+
+
+def test_what_comes_next(start) -> None:
+    with ThreadPoolExecutor(len(NEXT)) as pool:  # the script sleeps for most of its time
+        for (given, code, following, over), ended in zip(NEXT, pool.map(lambda row: start(**row[0]), NEXT)):
+            what = f"{given}: {ended.said}"
+            assert (ended.end["code"], ended.end["next"]) == (code, following), what
+            assert (ended.over["code"] if ended.over else None) == over, what
+            assert ended.asked == (["requeue 7"] if following == "requeue" else []), what
+            assert bool((ended.notes / "ranks").read_text()) == ("CHECK" not in given and given.get("GOOD") != ""), what
+
+
+def test_unfit_nodes_are_left_out_with_those_that_were_before(start) -> None:
+    ended = start(GOOD="", BAD="node2", EXCLUDED="node9", ANSWER="8", chain=2)
+    updates = [f"update JobId={job} ExcNodeList=node9,node2" for job in (7, 9)]
+    assert ended.asked == [*updates, f"sbatch --parsable --exclude=node9,node2 {ended.notes}/job.sbatch"], ended.said
+    assert Journal(ended.notes.parent).job_ids() == ["7", "9", "8"]
+    assert ended.end["next"] == "job 8 without them" and ended.over is None
+
+
+def test_where_there_are_no_other_nodes_the_run_is_over(start) -> None:
+    ended = start(GOOD="", BAD="node2", ANSWER='sbatch: error: "no" nodes')
+    assert ended.over["code"] == 5 and "no job without them: sbatch: error: no nodes" in ended.over["reason"], (
+        ended.said
+    )
+
+
+def test_spare_nodes_take_the_place_of_unfit_ones(start) -> None:
+    ended = start(GOOD="node2,node3", BAD="node1", CODE="0", spares=1)
+    assert ended.over["code"] == 0 and "unfit: node1; goes on with spare nodes" in ended.said
+    assert "--nodes=2 --ntasks=2 --nodelist=node2,node3" in (ended.notes / "ranks").read_text()
+
+
+@pytest.mark.parametrize("given", [{"NEWER": "7.1"}, {"RESTARTS": "1", "CODE": "5"}], ids=str)
+def test_a_start_that_has_been_replaced_decides_nothing(start, given: dict) -> None:
+    ended = start(**given)
+    assert "another start goes on with the run" in ended.said
+    assert ended.over is None and ended.asked == []
+    assert not [each for each in Journal(ended.notes.parent).starts() if each["kind"] == "end"]
