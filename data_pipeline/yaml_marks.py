@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -294,6 +294,8 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     first = problems[0]
     path = _path_in_data(first["loc"], document.data, missing=first["type"] == "missing")
     path += getattr(first.get("ctx", {}).get("error"), "path", ())
+    if first["type"] == "union_tag_invalid":  # the key that tells which member of a union it is
+        path += (first["ctx"]["discriminator"].strip("'"),)
     line = str(document.error(path, _message(first, path, model)))
     others = len(
         {_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path}
@@ -304,7 +306,7 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
 def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) -> str:
     kind, got = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key; {suggestion(str(path[-1]), known_keys(model, path[:-1]))}"
+        return f"unknown key; {suggestion(str(path[-1]), known_keys(model, path[:-1], problem['loc']))}"
     if kind == "missing":
         return "is missing; add it"
     if kind in ("value_error", "assertion_error"):
@@ -314,6 +316,8 @@ def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) 
     text = problem["msg"].removeprefix("Input should be ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         text = "a mapping of keys"
+    if kind == "union_tag_invalid":
+        got, text, kind = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace(", ", " or "), "literal_error"
     if kind == "literal_error":
         near = (
             nearest(got, [str(w).strip("'") for w in re.findall(r"'[^']*'", text)])
@@ -346,11 +350,16 @@ def _path_in_data(loc: Iterable[str | int], data: Any, missing: bool) -> KeyPath
     return tuple(path)
 
 
-def known_keys(model: type[BaseModel], path: Iterable[str | int] = ()) -> list[str]:
-    """The keys that may stand under `path` in a document of `model`; empty where any key may."""
+def known_keys(
+    model: type[BaseModel], path: Iterable[str | int] = (), loc: Iterable[str | int] = ()
+) -> list[str]:
+    """The keys that may stand under `path` in a document of `model`; empty where any key may. pydantic's `loc`
+    tells which members of unions are meant."""
     kinds: list[Any] = [model]
+    tags = set(loc)
     for key in path:
         kinds = [inner for kind in kinds for inner in _inside(kind, key)]
+        kinds = [kind for kind in kinds if tags & _tags(kind)] or kinds
     names = [name for kind in kinds for name in (_field_names(kind) if _is_model(kind) else [])]
     return list(dict.fromkeys(names))
 
@@ -373,6 +382,13 @@ def _members(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
         return [member for argument in get_args(annotation) for member in _members(argument)]
     return [annotation]
+
+
+def _tags(kind: Any) -> set[str]:
+    """The values of a model's keys that can have but one: by them it is told from the others of a union."""
+    fields = kind.model_fields.values() if _is_model(kind) else ()
+    literals = [get_args(info.annotation) for info in fields if get_origin(info.annotation) is Literal]
+    return {values[0] for values in literals if len(values) == 1}
 
 
 def _is_model(kind: Any) -> bool:

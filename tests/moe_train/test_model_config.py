@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from data_pipeline.yaml_marks import YamlError
 from moe_train.config import load_model
-from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
+from moe_train.model.config import (
+    DenseMLPConfig,
+    GroupedQueryAttentionConfig,
+    MixtureOfAttentionConfig,
+    MixtureOfMLPConfig,
+    ModelConfig,
+)
 
 SMALL = ModelConfig(
     vocab_size=101,
@@ -30,6 +38,28 @@ def test_jetmoe_8b_counts() -> None:
 def test_jetmoe_4b_counts() -> None:
     config = load_model("jetmoe_4b")
     assert (config.num_parameters(), config.num_active_parameters()) == (4_293_888_000, 1_198_491_648)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "published"),
+    [
+        ("mixtral_8x7b", 46_702_792_704, 12_879_925_248, ("46.7", "12.9")),
+        ("olmoe_1b_7b", 6_919_161_856, 1_282_017_280, ("6.9", "1.3")),
+        ("skywork_moe_146b", 146_356_168_000, 22_691_308_864, ("146.4", "22.7")),
+        ("skywork_dense_13b", 13_854_269_952, 13_854_269_952, ("13.9", "13.9")),
+    ],
+)
+def test_counts_are_the_published_ones(name: str, total: int, active: int, published: tuple[str, str]) -> None:
+    config = load_model(name)
+    assert (config.num_parameters(), config.num_active_parameters()) == (total, active)
+    assert (f"{total / 1e9:.1f}", f"{active / 1e9:.1f}") == published
+
+
+def test_the_mixture_of_skywork_is_its_dense_model_but_for_the_mlps() -> None:
+    dense, mixture = load_model("skywork_dense_13b"), load_model("skywork_moe_146b")
+    assert dense.model_copy(update={"mlp": mixture.mlp, "router": mixture.router}) == mixture
+    assert dense.mlp.ffn_hidden_size == mixture.mlp.ffn_hidden_size and not dense.routers()
+    assert list(mixture.routers()) == [f"layers.{layer}.mlp" for layer in range(52)]
 
 
 def test_bench_60m_is_around_60m() -> None:
@@ -78,6 +108,45 @@ def test_flops_per_token_by_hand() -> None:
         2 * 3 * 3 * 10 * 64 // 2
     )  # 3 slots of 3 heads of 10: scores and values, half of 64 positions
     assert config.flops_per_token(64) == 3 * forward
+
+
+def test_flops_of_a_dense_model_by_hand() -> None:
+    config = ModelConfig(
+        vocab_size=101,
+        hidden_size=24,
+        num_layers=1,
+        attention=GroupedQueryAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=10),
+        mlp=DenseMLPConfig(ffn_hidden_size=44),
+    )
+    products = [(24, 40), (24, 20), (24, 20), (40, 24), (24, 44), (24, 44), (44, 24), (24, 101)]
+    forward = sum(2 * rows * columns for rows, columns in products) + 2 * (2 * 40 * 64 // 2)
+    assert config.flops_per_token(64) == 3 * forward
+
+
+def test_a_part_without_a_kind_is_a_mixture() -> None:
+    assert ModelConfig.model_validate({"mlp": {"top_k": 1}}).mlp == MixtureOfMLPConfig(top_k=1)
+    assert ModelConfig.model_validate({"mlp": {"kind": "dense"}}).mlp == DenseMLPConfig()
+
+
+@pytest.mark.parametrize(
+    ("line", "value", "words"),
+    [
+        ("attention", {"kind": "gpa"}, "attention.kind: 'gpa' is not accepted; it should be 'mixture' or 'gqa' (did you mean"),
+        ("mlp", {"kind": "dense", "ffn_hidden_size": 8, "top_k": 2}, "mlp.top_k: unknown key; known keys: kind, ffn_hidden_size, activation"),
+        ("attention", {"kind": "gqa", "num_headz": 2}, "attention.num_headz: unknown key; did you mean 'num_heads'?"),
+        ("attention", {"kind": "gqa", "num_heads": 6, "num_kv_heads": 4}, "num_kv_heads 4 does not divide num_heads 6; the nearest that would do: 3"),
+        ("attention", {"kind": "gqa", "head_dim": 5}, "attention.head_dim: head_dim 5 is odd"),
+        ("attention", {"num_experts": "8"}, "attention.num_experts: '8' is not accepted"),
+        ("mlp", 5, "mlp: 5 is not accepted; it should be a mapping of keys"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_model_file_is_told_with_its_key_and_line(tmp_path, line: str, value, words: str) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"vocab_size": 50, line: value}, sort_keys=False))
+    with pytest.raises(YamlError) as caught:
+        load_model(path)
+    text = str(caught.value)
+    assert words in text and "\n" not in text and "model.yaml:" in text and caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
