@@ -1,0 +1,85 @@
+"""`launch status`, `logs` and `cancel` from a run's folder alone, where no Slurm knows the job any more."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.journal import Journal
+from launch.status import collect
+from moe_train.cli import main
+from moe_train.config import load_run
+from moe_train.training.run_folder import RunFolder, append_line
+from tests.launch.runs import write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of 40 steps that is at step 10 in its second start, at 20 dollars an hour."""
+    config = load_run(write_run(tmp_path))
+    folder, journal = RunFolder(config.output_dir), Journal(config.output_dir)
+    journal.folder.mkdir(parents=True)
+    journal.submitted({"time": "t", "job": "7", "nodes": 2, "total_tokens": 2560, "dollars_per_hour": 20.0})
+    notes = journal.folder / "starts.jsonl"
+    start = {"kind": "start", "job": "7", "nodes": "node[1-2]"}
+    append_line(notes, {**start, "time": "2026-01-01T00:00:00.000+00:00", "restart": 0, "saved": 0})
+    append_line(
+        notes, {"kind": "end", "time": "2026-01-01T01:00:00.000+00:00", "code": 5, "reason": "a rank was lost", "saved": 8}
+    )
+    append_line(notes, {**start, "time": "2026-01-01T01:30:00.000+00:00", "restart": 1, "saved": 8})
+    folder.start(config.to_yaml())
+    for step in range(1, 11):
+        line = {"step": step, "tokens": 64 * step, "phase": "stable", "loss": 4.5, "tokens_per_second": 16.0, "mfu": 0.4}
+        append_line(folder.metrics_path, line)
+    (folder.logs / "slurm-7.out").write_text("one\ntwo\nthree\n")
+    (folder.logs / "rank_00000.log").write_text("zero\n")
+    return folder.path
+
+
+def test_everything_is_told(folder: Path, capsys) -> None:
+    assert main(["launch", "status", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "running" and found["nodes"] == "node[1-2]" and found["job"] == "7"
+    assert (found["step"], found["tokens"], found["total_tokens"], found["phase"]) == (10, 640, 2560, "stable")
+    assert (found["loss"], found["tokens_per_second"], found["mfu"]) == (4.5, 16.0, 0.4)
+    assert [(each["code"], each["reason"], each["saved"]) for each in found["restarts"]] == [(5, "a rank was lost", 8)]
+    assert found["seconds_to_go"] == 120 and found["expected_end"] and found["dollars_to_go"] == pytest.approx(20 * 120 / 3600)
+    assert found["dollars_so_far"] > 20.0
+    assert main(["launch", "status", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for words in ("step 10, 640 of 2.56K (25.0%), phase stable", "16 tokens/s, MFU 40.0%", "at step 8: a rank was lost", "in 2m"):
+        assert words in text, text
+
+
+def test_watch_ends_with_the_run(folder: Path, capsys) -> None:
+    Journal(folder).finish(6, "crash loop: 4 failures at step 8")
+    assert main(["launch", "status", str(folder), "--watch"]) == 0
+    assert "failed: crash loop: 4 failures at step 8" in capsys.readouterr().out
+
+
+def test_a_run_that_writes_no_more_is_lost(folder: Path) -> None:
+    os.utime(folder / "metrics.jsonl", (0, 0))
+    assert collect(str(folder))["state"] == "lost"
+
+
+def test_logs(folder: Path, capsys) -> None:
+    Journal(folder).finish(0, "complete")
+    for arguments, shown in (
+        (["--tail", "1"], "three\n"),
+        (["--follow"], "one\ntwo\nthree\n"),
+        (["--rank", "0"], "zero\n"),
+    ):
+        assert main(["launch", "logs", str(folder), *arguments]) == 0
+        assert capsys.readouterr().out == shown
+    assert main(["launch", "logs", str(folder), "--rank", "5"]) == 2
+    assert "has no log of rank 5; it has ranks 0 to 0" in capsys.readouterr().err
+
+
+def test_nothing_to_cancel(folder: Path, tmp_path: Path, capsys) -> None:
+    assert main(["launch", "cancel", str(folder)]) == 0
+    assert "no job of" in capsys.readouterr().out and not (folder / "stop").exists()
+    assert main(["launch", "cancel", str(tmp_path / "none")]) == 2
+    assert "was not submitted by moe-train launch" in capsys.readouterr().err
