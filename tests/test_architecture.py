@@ -21,7 +21,7 @@ ALLOWED = {
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
-HEAVY = ("torch", "megatron", "transformers", "wandb", "matplotlib", "tensorboard")
+HEAVY = ("torch", "megatron", "transformers", "wandb", "matplotlib", "tensorboard", "fsspec", "s3fs")
 """What takes seconds to import, or is not on a login node."""
 
 
