@@ -122,6 +122,27 @@ def test_a_layout_is_frozen_and_describes_itself() -> None:
             "gives each data rank 3 micro-batch(es)",
             "training.global_batch_size: 4",
         ),
+        (
+            2,
+            {"expert": 2},
+            {"attention_experts": 0, "mlp_experts": 0, "dense_ffn_size": 12},
+            "parallel.expert 2 has no experts of this model to share out",
+            "parallel.expert: 1",
+        ),
+        (
+            2,
+            {"expert": 2, "attention_experts": "replicated"},
+            {"mlp_experts": 0, "dense_ffn_size": 12},
+            "parallel.expert 2 has no experts of this model to share out",
+            "parallel.expert: 1",
+        ),
+        (
+            4,
+            {"tensor": 4},
+            {"mlp_experts": 0, "dense_ffn_size": 6},
+            "parallel.tensor 4 does not divide the MLP's width 6",
+            "parallel.tensor: 2",
+        ),
     ],
 )
 def test_refusals_name_the_reason_and_the_nearest(
@@ -135,6 +156,11 @@ def test_refusals_name_the_reason_and_the_nearest(
 def test_replicated_attention_experts_need_not_divide() -> None:
     parallel = {"expert": 4, "attention_experts": "replicated"}
     assert resolve(4, parallel, attention_experts=6).expert == 4
+
+
+def test_experts_of_the_attention_alone_are_shared_out() -> None:
+    layout = resolve(2, {"expert": 2}, mlp_experts=0, dense_ffn_size=12)
+    assert layout.expert == 2
 
 
 def test_no_processes() -> None:
@@ -157,12 +183,13 @@ def test_the_smallest_world() -> None:
     expert=st.integers(1, 8),
     layers=st.integers(1, 12),
     heads=st.integers(1, 8),
-    experts=st.integers(1, 12),
+    experts=st.integers(0, 12),
+    ffn=st.integers(1, 12),
     micro=st.integers(1, 4),
     batch=st.integers(1, 48),
 )
 def test_every_remedy_is_true(
-    world, tensor, pipeline, virtual, expert, layers, heads, experts, micro, batch
+    world, tensor, pipeline, virtual, expert, layers, heads, experts, ffn, micro, batch
 ) -> None:
     """Whatever is refused: what the message proposes is accepted."""
     parallel = dict(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert)
@@ -171,6 +198,7 @@ def test_every_remedy_is_true(
         num_kv_heads=heads,
         attention_experts=experts,
         mlp_experts=experts,
+        dense_ffn_size=None if experts else ffn,
         micro_batch_size=micro,
         global_batch_size=batch,
     )
@@ -188,5 +216,6 @@ def test_every_remedy_is_true(
         world = layout.world_size
     assert layout.tensor * layout.pipeline * layout.data == world
     assert heads % layout.tensor == 0 and experts % layout.expert == 0
+    assert experts or (layout.expert == 1 and ffn % layout.tensor == 0)
     assert layers % (layout.pipeline * (layout.virtual_pipeline or 1)) == 0
     assert shape["global_batch_size"] % (micro * layout.data) == 0

@@ -10,6 +10,7 @@ import torch
 
 from moe_train.config import load_model
 from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig, ModelConfig
+from tests.small_models import SMALL
 
 SHAPES = {
     "embedding.weight": (1000, 12),
@@ -90,6 +91,28 @@ def test_names_and_shapes_are_those_of_the_config(topology, tied):
     assert {p.name: p.global_shape for p in placements} == config.parameter_shapes()
     assert len(placements) == len(config.parameter_shapes())
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters()
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_the_other_families_have_them_too(topology, family):
+    from moe_train.model.build import build_model
+    from moe_train.model.flops import layer_weights
+    from moe_train.model.options import ModelOptions
+
+    config = SMALL[family]()
+    model = build_model(config, topology, ModelOptions())[0]
+    shapes = {p.placement.name: p.placement.global_shape for p in model.parameters()}
+    assert shapes == config.parameter_shapes()
+    inner = [name for name in shapes if name.startswith("layers.1.")]
+    assert inner == list(layer_weights(config, 1)), "not in the order in which the module has them"
+    for parameter in model.parameters():
+        values = parameter.detach()
+        if parameter.placement.name.endswith("norm.weight"):
+            assert torch.equal(values, torch.ones_like(values))
+        elif parameter.placement.name.endswith(".bias"):
+            assert torch.equal(values, torch.zeros_like(values))
+        else:
+            assert 0.8 * config.init_std < values.std() < 1.2 * config.init_std, parameter.placement.name
 
 
 @pytest.mark.parametrize("name", ["jetmoe_8b", "jetmoe_4b"])
