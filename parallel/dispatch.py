@@ -11,6 +11,7 @@ which unlike a scatter-add is deterministic on a GPU and fast on a CPU.
 from __future__ import annotations
 
 from copy import copy
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,28 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from parallel.topology import Topology
 
 
+class ExpertRows:
+    """How many rows each expert of this rank receives, ``per_expert`` ``[E]`` on the device."""
+
+    def __init__(self, per_expert: torch.Tensor):
+        self.per_expert = per_expert
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The same as plain numbers; waits for the device when it is asked for the first time."""
+        return self.per_expert.tolist()
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """Where the rows of each expert end, int32 ``[E]`` on the device."""
+        return self.per_expert.cumsum(0, dtype=torch.int32)
+
+
 class RoutingPlan:
     """Where each pair goes, for the tokens of one micro-batch in one layer.
 
     Attributes:
-        counts: rows that each expert of this rank receives, in the order of the experts, as plain numbers.
+        rows: how many rows each expert of this rank receives.
         order: ``[P]`` the pair (token * k + slot) at each position once the P pairs that are sent are sorted by expert.
         inverse: ``[T * k]`` the position of each pair; P for one that is left out.
     """
@@ -41,7 +59,7 @@ class RoutingPlan:
             self.order = torch.argsort(left_out_last, stable=True)[: int(sent_tk.sum())]
             self.inverse = torch.full_like(pairs, len(self.order))
         self.inverse[self.order] = torch.arange(len(self.order), device=pairs.device)
-        self.counts = dispatcher.exchange_counts(experts_tk, sent_tk)
+        self.rows = dispatcher.exchange_counts(experts_tk, sent_tk)
 
     def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
@@ -88,15 +106,20 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         sent, None: all. Exchanges the counts."""
         return RoutingPlan(self, experts_tk, sent_tk)
 
-    def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> list[int]:
-        """Tell every rank how many rows come. The one host-device synchronisation that dropless routing forces."""
+    def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> ExpertRows:
+        """Tell every rank how many rows come. With expert parallelism the host waits for the numbers, which say how large
+        what it receives is: the one synchronisation of a layer's half that dropless routing forces."""
         chosen = torch.zeros(len(experts_tk), self.num_experts, dtype=torch.bool, device=experts_tk.device)
         chosen.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
+        if self.ep_size == 1:
+            return ExpertRows(chosen.sum(0))
         self.tokens_per_expert = self.preprocess(chosen)
+        rows = ExpertRows(self.tokens_per_expert)
         for point in ("before_permutation_1", "before_ep_alltoall", "before_permutation_2", "before_finish"):
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
         # One trip's state may be overwritten by the next layer's before its backward runs: autograd keeps the splits.
-        return self.tokens_per_expert.tolist()
+        rows.counts = self.tokens_per_expert.tolist()
+        return rows
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows sorted by global expert to rows of this rank's experts, sorted by local expert."""

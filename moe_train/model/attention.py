@@ -47,13 +47,13 @@ class MixtureOfAttention(torch.nn.Module):
         x_th = x_sbh.flatten(0, 1)
         gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
         plan = self.dispatcher.plan(experts_tk, sent_tk)
-        q_tkd = plan.collect_pairs(self.query(plan.dispatch_tokens(x_th), plan.counts))
+        q_tkd = plan.collect_pairs(self.query(plan.dispatch_tokens(x_th), plan.rows))
         k_sbnd, v_sbnd = self._keys_and_values(x_sbh)
         q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])
         # Head j of any slot uses kv head j: the k slots of one head are one group.
         o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, rotary, cache)
         o_tkd = self._to_sequence(o_sbnkd.transpose(2, 3), q_tkd.shape)
-        out_th = plan.collect_weighted(self.output(plan.dispatch_pairs(o_tkd), plan.counts), gates_tk)
+        out_th = plan.collect_weighted(self.output(plan.dispatch_pairs(o_tkd), plan.rows), gates_tk)
         return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
 
     def _keys_and_values(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from moe_train.model.gradients import add_to_main_grad, has_main_grad
 from moe_train.model.parameters import expert_parallel, new_parameter, sequence_parallel
+from parallel.dispatch import ExpertRows
 from parallel.topology import Topology
 
 
@@ -48,11 +49,11 @@ class GroupedLinear(torch.nn.Module):
         # Whole experts on every rank are dense parameters that each tensor rank applies to its part of the sequence.
         self.weight = expert_parallel(weight) if sharded else sequence_parallel(weight)
 
-    def forward(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """``[rows, in]`` sorted by expert, ``counts[e]`` rows each, to ``[rows, out]``."""
-        if x.is_cuda and _suits_grouped_mm(x, self.weight):
-            return _grouped_mm(x, self.weight, counts)
-        return _GroupedLinear.apply(x, self.weight, counts)
+    def forward(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """``[rows, in]`` sorted by expert to ``[rows, out]``."""
+        if x.is_cuda and suits_grouped_mm(x, self.weight):
+            return grouped_mm(x, self.weight, rows.offsets)
+        return _GroupedLinear.apply(x, self.weight, rows.counts)
 
 
 def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -60,15 +61,15 @@ def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, counts: list
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight.unbind())])
 
 
-def _suits_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def suits_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch's grouped product takes these: it is bf16 on a GPU, wants rows of whole 16 bytes, and some rows at all."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     return hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned and len(x) > 0
 
 
-def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """torch's grouped matrix product. It leaves rows beyond the last offset uninitialised; there are none here."""
-    offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """torch's grouped matrix product, which asks the host nothing. ``offsets`` int32 ``[E]``: where each expert's rows end; there are
+    no rows beyond the last, which it would leave uninitialised."""
     return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
 

@@ -61,8 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(x, valid_weight.t(), out=buffer[: len(x)]).float()
             nll[part], probability, ours = _softmax_statistics(logits, labels, head)
             if with_grad:
-                rows = torch.arange(len(x), device=x.device)[ours]
-                probability[rows, labels[ours]] -= 1.0
+                if head.valid:
+                    at = labels.clamp(0, head.valid - 1)[:, None]
+                    probability.scatter_(1, at, probability.gather(1, at).sub_(ours[:, None].float()))
                 grad_logits = probability.div_(count).to(x.dtype)
                 torch.mm(grad_logits, valid_weight, out=grad_x[part])
                 if x.dtype == grad_w.dtype:
@@ -91,8 +92,10 @@ def _softmax_statistics(logits: torch.Tensor, labels: torch.Tensor, head: Vocabu
     top = logits.new_full((len(logits),), -torch.inf) if empty else logits.amax(dim=1)
     top = head.topology.max_over_tensor_ranks(top)
     logits.sub_(top[:, None])
-    target = logits.new_zeros(len(logits))
-    target[ours] = logits[ours.nonzero()[:, 0], labels[ours]]
+    if empty:
+        target = logits.new_zeros(len(logits))
+    else:  # without a mask as an index, which would have the host wait for a GPU
+        target = logits.gather(1, labels.clamp(0, head.valid - 1)[:, None])[:, 0].mul_(ours)
     probability = logits.exp_()
     sums = head.topology.sum_over_tensor_ranks(torch.stack([probability.sum(dim=1), target]))
     total, target = sums

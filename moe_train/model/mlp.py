@@ -42,7 +42,7 @@ class MixtureOfMLP(torch.nn.Module):
         rows = plan.dispatch_tokens(x_th)
 
         def experts(rows: torch.Tensor) -> torch.Tensor:
-            return self.down(gated_activation(self.gate_up(rows, plan.counts), self.activation), plan.counts)
+            return self.down(gated_activation(self.gate_up(rows, plan.rows), self.activation), plan.rows)
 
         if self.recompute and torch.is_grad_enabled():
             answers = tensor_parallel.checkpoint(experts, False, rows)

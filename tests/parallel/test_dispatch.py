@@ -72,8 +72,8 @@ def pairs_by_expert(experts: torch.Tensor) -> list[tuple[int, int]]:
 
 def test_counts(routed):
     plan, experts = routed
-    assert plan.counts == [int((experts == expert).sum()) for expert in range(EXPERTS)]
-    assert plan.counts[3] == (TOKENS if experts.shape[1] == EXPERTS else 0)
+    assert plan.rows.counts == [int((experts == expert).sum()) for expert in range(EXPERTS)]
+    assert plan.rows.counts[3] == (TOKENS if experts.shape[1] == EXPERTS else 0)
 
 
 def test_tokens_go_to_their_experts(routed):
@@ -107,7 +107,7 @@ def test_answers_are_weighted_by_their_gates(routed):
 def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
     plan, experts, sent = partly_sent
     pairs = [pair for pair in pairs_by_expert(experts) if sent[pair]]
-    assert plan.counts == [int(((experts == expert) & sent).sum()) for expert in range(EXPERTS)]
+    assert plan.rows.counts == [int(((experts == expert) & sent).sum()) for expert in range(EXPERTS)]
     x, x_tkd = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH)
     assert torch.equal(plan.dispatch_tokens(x), x[[token for token, _ in pairs]])
     rows = plan.dispatch_pairs(x_tkd)

@@ -82,3 +82,27 @@ def test_the_layer_knows_its_place(topology):
     assert layer.weight.allreduce is False, "experts are reduced over their own replicas"
     whole = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, topology, torch.float32, sharded=False)
     assert not hasattr(whole.weight, "allreduce") and whole.weight.sequence_parallel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [counts for counts in COUNTS.values() if sum(counts)])
+def test_torchs_grouped_product_is_the_loop_too(topology, counts, dtype):
+    """What runs on GPUs runs here as well."""
+    from moe_train.model.grouped_linear import grouped_linear_reference, grouped_mm
+    from parallel.dispatch import ExpertRows
+
+    generator = torch.Generator().manual_seed(3)
+    x, weight, grad = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((sum(counts), 16), (len(counts), 24, 16), (sum(counts), 24))
+    )
+    rows = ExpertRows(torch.tensor(counts))
+    assert rows.counts == counts
+    answers = []
+    for product in (grouped_mm, grouped_linear_reference):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = product(*inputs, rows.offsets if product is grouped_mm else counts)
+        y.backward(grad)
+        answers.append((y.detach(), *(tensor.grad for tensor in inputs)))
+    for ours, expected in zip(*answers):
+        torch.testing.assert_close(ours, expected)
