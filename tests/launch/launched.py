@@ -54,6 +54,10 @@ class Launched:
     def step(self) -> int:
         return len(self.lines("metrics.jsonl"))
 
+    def saved(self) -> int:
+        """The step of the newest checkpoint."""
+        return int((self.folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+
     def starts(self) -> list[dict]:
         return [each for each in self.lines("launch/starts.jsonl") if each["kind"] == "start"]
 

@@ -134,15 +134,34 @@ exec sh -c "$*"
 """
 
 
-def test_the_machines_of_a_hostfile_train_together(tmp_path: Path) -> None:
-    """Two machines that are this one under two names, of which one loses its rank."""
+@pytest.fixture
+def machines(tmp_path: Path) -> tuple[str, str]:
+    """A hostfile of two machines that are this one under two names, and a remote shell that reaches them."""
     rsh = tmp_path / "rsh"
     rsh.write_text(RSH.format(folder=tmp_path))
     rsh.chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1   # the same machine\n")
+    return str(hosts), str(rsh)
+
+
+def test_ranks_on_other_machines_save_when_the_launcher_dies(tmp_path: Path, machines: tuple[str, str]) -> None:
+    hosts, rsh = machines
+    path = runs.write_run(tmp_path, {"preflight": None}, steps=20_000, parallel={"expert": 2})
+    process = start(path, "--rsh", rsh, verb=("hostfile", hosts))
+    until(process, lambda: records(tmp_path, "metrics.jsonl"))
+    process.kill()
+    process.communicate(timeout=PATIENCE)  # the ranks have let go of its output, too
+    outcome = json.loads((tmp_path / "run/outcome.json").read_text())
+    assert outcome["code"] == 3 and outcome["step"] == records(tmp_path, "metrics.jsonl")[-1]["step"]
+    assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == outcome["step"]
+
+
+def test_the_machines_of_a_hostfile_train_together(tmp_path: Path, machines: tuple[str, str]) -> None:
+    """Of which one loses its rank."""
+    hosts, rsh = machines
     path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 0.001}}, steps=300, parallel={"expert": 2})
-    process = start(path, "--rsh", str(rsh), verb=("hostfile", str(hosts)))
+    process = start(path, "--rsh", rsh, verb=("hostfile", hosts))
     until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
     os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)

@@ -54,7 +54,7 @@ def test_an_unfit_node_is_named_and_left_out(slurm, tmp_path: Path, full) -> Non
 
 def test_a_start_that_was_cut_off_gives_way_to_the_next(slurm, tmp_path: Path) -> None:
     """The node's slurmd dies; its batch script and rank live on beside those of the next start, elsewhere."""
-    run = Launched(slurm, tmp_path, steps=2000, parallel={})
+    run = Launched(slurm, tmp_path, steps=50_000, parallel={})
     run.submit("--nodes", "1")
     run.until_step(5)
     job, (cut,) = run.jobs()[0], run.nodes()
@@ -65,8 +65,11 @@ def test_a_start_that_was_cut_off_gives_way_to_the_next(slurm, tmp_path: Path) -
     assert run.nodes() != [cut]
     slurm.wait(lambda: not os.path.exists(f"/proc/{old}/exe"), PATIENCE, "the end of the old rank")
     slurm.wait(lambda: "another start goes on with the run" in run.said(), PATIENCE, "the end of the old script")
-    run.until_over(0)
-    assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(1, 2001))
+    run.until_step(run.step() + 20)
+    assert run.launch("cancel", str(run.folder)).returncode == 0
+    run.until_over(3)
+    assert run.json("outcome.json")["step"] == run.step() == run.saved()
+    assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(1, run.step() + 1))
     assert len(run.starts()) == 2 and [end["next"] for end in run.ends()] == ["over"]
     assert "Restarts=1" in run.state(job)
     slurm.start_node(cut, "-b")

@@ -142,7 +142,7 @@ def test_a_chain_goes_on_stalls_are_told_and_cancel_saves_first(slurm, tmp_path:
     assert done.returncode == 0, done.stderr
     run.until_over(3)
     assert run.json("outcome.json")["code"] == 3
-    saved = int((run.folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    saved = run.saved()
     assert saved == run.step() == run.json("outcome.json")["step"]
     assert "JobState=CANCELLED" in run.state(third)
     status = run.launch("status", str(run.folder)).stdout
