@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from moe_train.model.part import ModelPart, Weight
 
@@ -27,7 +27,6 @@ class RouterConfig(ModelPart):
     probabilities are even (Skywork-MoE eq. 3); or none."""
     load_balancing_coef: float = Field(0.01, ge=0)
     """alpha, the weight of that loss; where it starts, with `adaptive`."""
-    adaptive: AdaptiveConfig | None = None
     z_coef: float = Field(0.001, ge=0)
     """beta of ``mean(logsumexp(logits)^2)`` (JetMoE eq. 11), of the logits as they were before any normalisation."""
     scope: Literal["micro_batch", "sequence"] = "micro_batch"
@@ -48,26 +47,43 @@ class RouterConfig(ModelPart):
     drop_by: Literal["position", "probability"] | None = None
     """What an expert leaves out in training beyond its capacity: the last tokens of the micro-batch, or the least
     probable; null: nothing."""
+    adaptive: AdaptiveConfig | None = None
+    """Let `load_balancing_coef` follow the drop rate; null: it stays."""
 
     def weights(self, num_experts: int, hidden: int) -> dict[str, Weight]:
         """Name -> parameter of one router."""
         weights = {"router.weight": Weight((num_experts, hidden))}
         return weights | ({"router.bias": Weight((num_experts,))} if self.bias else {})
 
-    @model_validator(mode="after")
-    def _check_together(self) -> RouterConfig:
-        factor = self.capacity_factor
+    @field_validator("logit_scale")
+    @classmethod
+    def _check_logit_scale(cls, scale: float, info: ValidationInfo) -> float:
+        if scale != 1 and not info.data.get("normalize_logits"):
+            raise ValueError(f"{scale:g} is of use only with normalize_logits: true")
+        return scale
+
+    @field_validator("capacity_factor")
+    @classmethod
+    def _check_capacity_factor(cls, factor: float | None) -> float | None:
         if factor is not None and factor < 1:
             raise ValueError(
-                f"capacity_factor {factor:g} has no room for the top_k experts of every token even where the load is"
-                " even; set it to 1 or more, or to null"
+                f"{factor:g} has no room for the top_k experts of every token even where the load is even;"
+                " set it to 1 or more, or to null"
             )
-        if self.drop_by is not None and factor is None:
-            raise ValueError(f"drop_by: {self.drop_by} needs a capacity_factor, such as 1.25")
-        if self.adaptive is not None and factor is None:
-            raise ValueError("adaptive follows the drop rate, which needs a capacity_factor, such as 1.25")
-        if self.adaptive is not None and self.load_balancing == "none":
-            raise ValueError("adaptive sets the coefficient of a loss, and load_balancing is none")
-        if self.logit_scale != 1 and not self.normalize_logits:
-            raise ValueError(f"logit_scale {self.logit_scale:g} is of use only with normalize_logits: true")
-        return self
+        return factor
+
+    @field_validator("drop_by")
+    @classmethod
+    def _check_drop_by(cls, drop_by: str | None, info: ValidationInfo) -> str | None:
+        if drop_by is not None and info.data.get("capacity_factor", 1.0) is None:
+            raise ValueError(f"{drop_by} needs a capacity_factor, such as 1.25")
+        return drop_by
+
+    @field_validator("adaptive")
+    @classmethod
+    def _check_adaptive(cls, adaptive: AdaptiveConfig | None, info: ValidationInfo) -> AdaptiveConfig | None:
+        if adaptive is not None and info.data.get("capacity_factor", 1.0) is None:
+            raise ValueError("follows the drop rate, which needs a capacity_factor, such as 1.25")
+        if adaptive is not None and info.data.get("load_balancing") == "none":
+            raise ValueError("sets the coefficient of a loss, and load_balancing is none")
+        return adaptive

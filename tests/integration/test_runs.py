@@ -95,6 +95,27 @@ def test_a_resume_repeats_the_undisturbed_run_bit_for_bit(complete, cut):
     assert arithmetic(metrics(cut / "run")) == arithmetic(metrics(complete / "run"))
 
 
+def test_routers_that_adapt_go_on_bit_for_bit_and_are_reported(tmp_path):
+    """Skywork's: normalised logits, tokens that are dropped, coefficients that follow, which a checkpoint keeps."""
+    router = "{normalize_logits: true, load_balancing: skywork, capacity_factor: 1.0, drop_by: probability, adaptive: {beta: 0.8, max_coef: 0.1}}"
+    settings = (f"model.mlp.router={router}", "logging.router_gates=true", "logging.expert_similarity=8 steps", "data.validation=null")
+    folders = tmp_path / "whole", tmp_path / "cut"
+    for folder in folders:
+        folder.mkdir()
+        write_corpora(folder)
+    for folder, limits in zip(folders, ((12,), (8, 12))):
+        for limit in limits:
+            status, said = run(folder, *settings, f"training.max_steps={limit}")
+            assert status == 0, said
+    whole, cut = (metrics(folder / "run") for folder in folders)
+    assert arithmetic(cut) == arithmetic(whole) and [line.get("routers") for line in cut] == [line.get("routers") for line in whole]
+    assert [line["step"] for line in whole if "similarity" in line.get("routers", {}).get("layers.0.mlp", {})] == [8]
+    mlp, attention = (whole[-1]["routers"][f"layers.1.{part}"] for part in ("mlp", "attention"))
+    assert 0 < mlp["drop_rate"] < 1 and 1 < mlp["max1_over_max2"] and mlp["load_balancing_coef"] > 0.011
+    assert "drop_rate" not in attention and "load_balancing_coef" not in attention
+    assert attention["max2_over_max3"] > 1
+
+
 def test_a_resume_on_another_layout_goes_on_with_the_same_curve(complete, cut):
     status, said = run(cut, "parallel.tensor=2", "--parallel.expert=1")
     assert status == 0, said

@@ -136,7 +136,7 @@ def test_the_optimizer_is_kept_where_asked_for(tmp_path):
         ({"noise": -1.0}, "--noise -1"),
         ({"reinitialize": 1.5}, "--reinitialize 1.5: give a part, from 0 to 1"),
         ({"keep_optimizer": True}, "holds weights alone: there is no optimizer state"),
-        ({"router": {"capacity_factor": 0.5}}, "capacity_factor 0.5 has no room for the top_k experts"),
+        ({"router": {"capacity_factor": 0.5}}, "router.capacity_factor: 0.5 has no room for the top_k experts"),
         ({"router": {"renormalise": True}}, "router.renormalise: Extra inputs"),
         ({"router": {"renormalize": False}}, "gates that do not add up to 1"),
     ],
