@@ -321,9 +321,7 @@ def checkpoint_convert(
         Optional[str], typer.Option("--precision", metavar="fp32|bf16", help="With --weights: in this precision.")
     ] = None,
 ) -> Optional[int]:
-    """Convert from or to Hugging Face's format, bit for bit; or keep the weights of a checkpoint alone.
-
-    From and to Hugging Face: JetMoE, Llama, Mixtral and OLMoE.
+    """Convert a JetMoE, Llama, Mixtral or OLMoE from or to Hugging Face's format, or keep the weights alone.
 
     \b
     moe-train checkpoint convert --from-hf jetmoe-8b converted

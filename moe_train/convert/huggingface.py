@@ -135,7 +135,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
             whole = reader.read(name)
             for part in parts:
                 theirs = part.theirs(whole)
-                writer.add(part.hf_name, theirs.clone() if part.index else theirs)  # a file holds no part of another
+                writer.add(part.hf_name, theirs.clone() if part.index else theirs)  # safetensors takes no views
         writer.close()
     print(
         f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())},"

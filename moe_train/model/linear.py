@@ -5,24 +5,31 @@ and a part of the channels.
 """
 from __future__ import annotations
 
+import math
+
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from parallel.placement import Placement, place
 from parallel.topology import Topology
 
 
-def column_parallel(name: str, global_shape: tuple[int, ...], split: int, engine, topology: Topology) -> ColumnParallelLinear:
+def column_parallel(
+    name: str, global_shape: tuple[int, ...], split: int, engine, topology: Topology
+) -> ColumnParallelLinear:
     """``[s, B, H] -> [S, B, this rank's outputs]``; gathers the sequence.
 
     ``global_shape`` is that of ``name.weight``, the outputs in any number of dimensions and then H; dimension ``split``
     of the outputs is divided over the tensor ranks.
     """
     *outputs, hidden = global_shape
-    size = 1
-    for extent in outputs:
-        size *= extent
     layer = ColumnParallelLinear(
-        hidden, size, config=engine, init_method=None, bias=False, gather_output=False, tp_group=topology.groups.tp
+        hidden,
+        math.prod(outputs),
+        config=engine,
+        init_method=None,
+        bias=False,
+        gather_output=False,
+        tp_group=topology.groups.tp,
     )
     return _placed(layer, name, global_shape, split, topology)
 

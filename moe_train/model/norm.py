@@ -10,8 +10,8 @@ from parallel.topology import Topology
 class RMSNorm(torch.nn.Module):
     """``w * cast(x32 * rsqrt(mean(x32^2) + eps))`` over the last dimension, ``[..., H] -> [..., H]``.
 
-    Under tensor parallelism each rank normalises its part of the sequence. With ``split`` it has the whole sequence and a
-    part of the ``size`` channels instead, ``[..., size / TP]``, and the mean is taken over those of all tensor ranks.
+    Under tensor parallelism each rank normalises its part of the sequence. With ``split`` it has the whole sequence
+    and a part of the ``size`` channels instead, ``[..., size / TP]``; the mean is taken over those of all tensor ranks.
     """
 
     def __init__(self, name: str, size: int, eps: float, topology: Topology, dtype: torch.dtype, split: bool = False):
@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``reduce`` sums over the ranks that hold the other channels, in place, outside of autograd; None: there are none."""
+    """``reduce`` sums over the ranks that hold the other channels, in place, outside of autograd; None: nobody does."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, size, reduce):

@@ -10,11 +10,11 @@ import torch
 class ModelOptions:
     """Precision, first weights, and what is kept or computed again.
 
-    ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLPs; ``full``,
-    each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts too.
-    ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to follow.
-    ``document_end``: the token that ends a document, where attention and positions are to restart after it; None: a window is one
-    sequence.
+    ``recompute``: which activations the backward computes again: ``none``; ``selective``, those inside the MLPs;
+    ``full``, each layer from its input. ``sharded_attention``: whether expert parallelism splits the attention experts
+    too. ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to
+    follow. ``document_end``: the token that ends a document, where attention and positions are to restart after it;
+    None: a window is one sequence.
     """
 
     dtype: torch.dtype = torch.float32

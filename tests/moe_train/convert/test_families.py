@@ -72,7 +72,9 @@ def test_out_and_in_again_changes_no_bit(tmp_path, config, dtype):
         assert reader.dtype(name) == dtype and bits(reader.read(name)) == bits(tensor), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}], ids=["untied", "tied"]
+)
 @pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])
 def test_in_and_out_again_changes_no_bit(tmp_path, family, changes):
     source = hf_folder(tmp_path / "source", family, **changes)

@@ -30,6 +30,7 @@ def test_the_cache_and_the_layout_change_nothing(ranks, tmp_path, make):
     engine.stop()
     assert texts[0] == texts[1] and texts[2] == texts[3] and texts[0] != texts[2]
     for overrides in (LAYOUTS[make.__name__], ["parallel.pipeline=2"]):
-        for scores, continuations in ranks(2).run("tests.inference_on_ranks:answer", checkpoint, overrides, ids, REQUESTS):
+        answers = ranks(2).run("tests.inference_on_ranks:answer", checkpoint, overrides, ids, REQUESTS)
+        for scores, continuations in answers:
             np.testing.assert_allclose(scores, nll, atol=5e-5)
             assert continuations == texts
