@@ -240,7 +240,7 @@ class Spool:
         size = records_path.stat().st_size if records_path.exists() else 0
         if not size:
             return
-        tokens = np.memmap(tokens_path, self.dtype, "r").view(np.ndarray) if tokens_path.stat().st_size else self._none
+        tokens = np.memmap(tokens_path, self.dtype, "r").view(np.ndarray)  # not empty: a document has its end
         if self._seed is None:  # in order as it is
             yield from _steps(records_path, tokens)
         elif size <= LARGEST_RECORDS and tokens.nbytes <= LARGEST_TOKENS or depth + SPLIT_BITS > 64:
@@ -268,10 +268,6 @@ class Spool:
             yield from self._parts(*paths, depth + SPLIT_BITS)
             for path in paths:
                 path.unlink(missing_ok=True)
-
-    @property
-    def _none(self) -> np.ndarray:
-        return np.empty(0, self.dtype)
 
     def close(self, remove: bool) -> None:
         """Let go of the folder, and remove it."""
