@@ -117,7 +117,7 @@ def test_a_chain_goes_on_stalls_are_told_and_cancel_saves_first(slurm, tmp_path:
     alert.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/alerts\n')
     alert.chmod(0o755)
     run = Launched(
-        slurm, tmp_path / "chain", steps=20_000, cluster={"alert_command": str(alert)}, faults={"step_timeout": "30s"}
+        slurm, tmp_path / "chain", steps=20_000, cluster={"alert_command": str(alert)}, faults={"step_timeout": "40s"}
     )
     run.submit("--chain", "3")
     first, second, third = run.jobs()
@@ -127,13 +127,14 @@ def test_a_chain_goes_on_stalls_are_told_and_cancel_saves_first(slurm, tmp_path:
     assert run.ends()[0]["next"] == "chain" and run.starts()[1]["job"] == second
     run.until_step(run.ends()[0]["saved"] + 5)
 
-    def told(word: str) -> bool:
-        return (tmp_path / "alerts").exists() and word in (tmp_path / "alerts").read_text()
+    def told(words: str) -> bool:
+        """Whether the last alert says so."""
+        return (tmp_path / "alerts").exists() and words in (tmp_path / "alerts").read_text().splitlines()[-1]
 
     rank = run.json("owner.json")["pid"]
     os.kill(rank, signal.SIGSTOP)  # half of step_timeout later somebody is told
     try:
-        slurm.wait(lambda: told("stalls: no step for"), PATIENCE, "the alert")
+        slurm.wait(lambda: told(f"job {second}, restart 0: stalls: no step for"), PATIENCE, "the alert")
     finally:
         os.kill(rank, signal.SIGCONT)
     slurm.wait(lambda: told("recovered"), PATIENCE, "the end of the alert")
