@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
+from tests.integration import runs
 from tests.integration.test_layouts import assert_same_curve
 from tests.small_models import SMALL, changes
 
@@ -78,3 +80,20 @@ def test_bf16_stays_near_itself(ranks):
     curve = ranks(2).run("tests.steps_on_ranks:train", TENSOR, **values)[0]
     for step, expected in zip(curve, reference):
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
+def test_a_dense_model_is_trained_and_resumed_by_command(tmp_path):
+    runs.write_corpora(tmp_path)
+    model = yaml.safe_load((tmp_path / "model.yaml").read_text())
+    model["attention"] = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    model["mlp"] = {"kind": "dense", "ffn_hidden_size": 40}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model, sort_keys=False))
+    status, said = runs.run(tmp_path)
+    assert status == 2 and "parallel.expert 2 has no experts of this model to share out" in said
+    status, said = runs.run(tmp_path, "parallel.expert=1", "parallel.tensor=2", "training.max_steps=8")
+    assert status == 0, said
+    status, said = runs.run(tmp_path, "parallel.expert=1", "parallel.pipeline=2", "training.max_steps=12")
+    assert status == 0 and "resumed from" in said, said
+    lines = runs.metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {line["load_balancing_loss"] for line in lines} == {0.0}
