@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from launch import controller
 from launch.journal import Journal
-from moe_train.errors import HardwareError, UserError
+from moe_train.errors import HardwareError, StoppedError, UserError
 from moe_train.training.run_folder import RunFolder
 from parallel.spawn import REPEAT_SECONDS
 
@@ -40,6 +40,7 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
     waiting = [job for job in live if job not in running]
     controller.cancel([*waiting, *running] if now else waiting)
     if now or not running:
+        journal.finish(StoppedError.exit_code, "cancelled")
         print(f"cancelled job {', '.join([*waiting, *running])}")
         return
     print(f"job {', '.join(running)}: asked to save", flush=True)

@@ -152,6 +152,8 @@ def test_ranks_on_other_machines_save_when_the_launcher_dies(tmp_path: Path, mac
     until(process, lambda: records(tmp_path, "metrics.jsonl"))
     process.kill()
     process.communicate(timeout=PATIENCE)  # the ranks have let go of its output, too
+    kinds = {event["kind"]: event for event in records(tmp_path, "events.jsonl")}
+    assert kinds["signal"]["signal"] == "SIGTERM" and kinds["stop"]["reason"] == "signal SIGTERM"
     outcome = json.loads((tmp_path / "run/outcome.json").read_text())
     assert outcome["code"] == 3 and outcome["step"] == records(tmp_path, "metrics.jsonl")[-1]["step"]
     assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == outcome["step"]

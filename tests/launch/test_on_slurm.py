@@ -25,6 +25,7 @@ def limited(slurm, tmp_path_factory):
     run.submit("--time", "2m")
     yield run
     run.launch("cancel", "--now", str(run.folder))
+    assert run.json("launch/over.json")["reason"] == "cancelled"
 
 
 @pytest.fixture(scope="module", autouse=True)
