@@ -2,8 +2,8 @@
 
 They lie in ``$MOE_TRAIN_CACHE/blocks`` (default: ``~/.cache/moe-train/blocks``; a local disk is best), at most
 ``$MOE_TRAIN_CACHE_BYTES`` of them (default 20B, 0 keeps none). A file holds a block and its hash, so that what a crash
-tore is not believed. A block that several processes want at once is fetched by one of them; the others wait for it. A disk
-that is full or cannot be written is done without.
+tore is not believed. A block that several processes want at once is fetched by one of them; the others wait for it.
+A disk that is full or cannot be written is done without.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class BlockCache:
     def _keep(self, path: Path, data: bytes) -> None:
         """Write a block, in the room that others leave: one process at a time, so that the count is right.
 
-        It is raised before the block is there. So a process that is killed between the two leaves it too high, never too low,
-        until the next eviction counts anew.
+        It is raised before the block is there. So a process that is killed between the two leaves it too high, never
+        too low, until the next eviction counts anew.
         """
         size = len(data) + _TRAILER.size
         if size > self.limit:

@@ -207,7 +207,7 @@ class BlockDigests:
             view = view[len(part) :]
 
     def describe(self) -> dict[str, int | str]:
-        """For the manifest: the size of a block, and the hashes (little-endian, base64: a large corpus has millions)."""
+        """For the manifest: the size of a block, and the hashes (little-endian, in base64, since there are many)."""
         last = [self._current.intdigest()] if self._filled else []
         hashes = np.array([*self._finished, *last], "<u8")
         return {"bytes": _BLOCK_BYTES, "xxh3_64": base64.b64encode(hashes.tobytes()).decode()}

@@ -1,9 +1,9 @@
 """The tokens of an object, as if they lay in an array on this machine: read by blocks of a mebibyte, ahead of
 their use, through the node's cache.
 
-A block is believed only with the hash that the corpus's manifest gives for it; so every byte that is trained on has been
-compared with what `prepare` wrote, although no shard is ever fetched whole. A block that arrives otherwise is fetched
-anew, and then damage. Objects without a manifest are what their etag and length say, no more.
+A block is believed only with the hash that the corpus's manifest gives for it; so every byte that is trained on has
+been compared with what `prepare` wrote, although no shard is ever fetched whole. A block that arrives otherwise is
+fetched anew, and then damage. Objects without a manifest are what their etag and length say, no more.
 """
 
 from __future__ import annotations

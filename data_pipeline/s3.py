@@ -184,7 +184,9 @@ def _judged(url: str, error: Exception, tries: int) -> str:
     name = type(cause).__name__
     if name == "FlexibleChecksumError":  # botocore compares whole objects with the checksum that the store keeps
         if tries >= SPOILT_TRIES:
-            raise DamagedDataError(f"{url}: its content has not the checksum that the store keeps; copy it again") from None
+            raise DamagedDataError(
+                f"{url}: its content has not the checksum that the store keeps; copy it again"
+            ) from None
         return "wrong checksum"
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return "no answer in time"

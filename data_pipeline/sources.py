@@ -1,4 +1,5 @@
-"""A source: one corpus, any number of shards on disk or on an object store, read in windows of sequence_length + 1 tokens.
+"""A source: one corpus, any number of shards on disk or on an object store, read in windows of
+sequence_length + 1 tokens.
 
 With T tokens in all and sequences of S tokens, every epoch has W = floor((T - 1) / S) windows. Window w of an
 epoch starts at token (shift + w * S) mod T, wrapping at the end, with the shift drawn for each epoch: so

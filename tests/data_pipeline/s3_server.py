@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Proxy:
-    """Passes requests on to the server at `port`. ``faults`` says how to spoil the next reads of objects.
+    """Passes requests on to the server at `port`, and spoils answers where ``fault`` says so.
 
     Attributes:
         fault: a function of the object's path, asked for each GET of an object; None, "503", "reset", "truncated",
@@ -25,7 +25,6 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.fault: Callable[[str], str | None] = lambda path: None
         self.seen: Counter[str] = Counter()
-        self.asked = 0
         self.lock = threading.Lock()
         self.direct = f"http://127.0.0.1:{port}"
         handler = type("Handler", (_Handler,), {"proxy": self, "target": port})
@@ -39,7 +38,7 @@ class Proxy:
 
     def heal(self) -> None:
         """No faults, nothing seen."""
-        self.fault, self.asked = lambda path: None, 0
+        self.fault = lambda path: None
         self.seen.clear()
 
     def close(self) -> None:
@@ -69,9 +68,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         is_object = "list-type" not in self.path
         fault = self.proxy.fault(self.path.partition("?")[0]) if is_object else None
-        if is_object:
-            with self.proxy.lock:
-                self.proxy.asked += 1
         if fault == "503":
             body = b"<Error><Code>SlowDown</Code><Message>reduce your request rate</Message></Error>"
             self._send(503, {"Content-Type": "application/xml", "Content-Length": str(len(body))}, body)
