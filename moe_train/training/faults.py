@@ -76,7 +76,7 @@ class FaultGuard:
 
     def restore(self, state: dict) -> None:
         """Go on from what :meth:`state` gave."""
-        self.skips, self._recent = state["skips"], deque(state["recent"])
+        self.skips, self._recent = state["skips"], deque(state.get("recent", ()))
         self.rewind(state)
 
     def rewind(self, state: dict) -> None:

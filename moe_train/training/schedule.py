@@ -45,7 +45,10 @@ class LearningRate:
         self.total = total_tokens
         self.warmup = schedule.warmup.in_tokens(tokens_per_step)
         self.decay = schedule.decay.in_tokens(tokens_per_step) if self.kind == "wsd" else 0
-        if self.warmup + self.decay > total_tokens:
+        excess = self.warmup + self.decay - total_tokens
+        if 0 < excess < tokens_per_step and excess < self.decay:
+            self.decay -= excess  # a run ends at a whole sequence, up to one before the tokens that were asked for
+        elif excess > 0:
             parts = f"schedule.warmup ({schedule.warmup} = {self.warmup} tokens)"
             if self.kind == "wsd":
                 parts += f" and schedule.decay ({schedule.decay} = {self.decay} tokens)"

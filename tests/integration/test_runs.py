@@ -1,6 +1,7 @@
 """`moe-train pretrain` from the outside: trains, stops, resumes, refuses, survives a lost rank."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.integration.runs import ROOT, arithmetic, metrics, outcome, run, start, write_corpora
+from tests.moe_train.checkpoint.test_save import assert_equal, contents
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,59 @@ def test_a_run_whose_disk_is_gone_goes_on_from_the_object_store(complete, tmp_pa
     assert status == 0 and "holds no whole checkpoint; iter_0000016 was fetched from s3://" in said, said
     assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
     assert (tmp_path / "run/config.2.yaml").exists()  # the count of starts goes on
+
+
+def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(complete, tmp_path):
+    """The gradient norm of this run is at its highest at step 40, four steps after a checkpoint."""
+    write_corpora(tmp_path)
+    options = ("faults.on_spike=rewind", "faults.spike_deviations=1", "checkpoint.interval=6 steps")
+    status, said = run(tmp_path, *options, "faults.check_replicas=5 steps")
+    assert status == 0, said
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["kind"] == "rewind"]
+    assert event["step"] == 40 and event["first_sample"] == 4 * 36 and event["samples"] == 16 and event["count"] == 1
+    assert "is a spike" in event["reason"] and event["checkpoint"].endswith("iter_0000036")
+    assert "went back to iter_0000036, past samples 144 to 159 (1 " in said
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert [segment["skipped"] for segment in ledger["segments"]] == [[], [[144, 160]]]
+    # The curve up to there is the undisturbed one's; the weights in the last checkpoint are those of step 36.
+    assert [line[:8] for line in arithmetic(metrics(tmp_path / "run"))] == [line[:8] for line in arithmetic(metrics(complete / "run"))]
+    found = [contents(tmp_path / f"run/checkpoints/iter_00000{step}") for step in (36, 40)]
+    assert_equal(*found)
+
+
+def test_what_is_never_finite_again_stops_the_run_with_6(tmp_path):
+    write_corpora(tmp_path)
+    options = ("optimizer.lr=1e30", "schedule.warmup_init_ratio=1.0", "faults.max_skips=3", "data.validation=null")
+    status, said = run(tmp_path, *options)
+    assert status == 6 and "max_skips 3 of the last 1000 updates" in said, said
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    skips = [event for event in events if event["kind"] == "skip"]
+    assert [(event["step"], event["first_sample"], event["samples"], event["count"]) for event in skips] == [
+        (2, 4, 4, 1),
+        (3, 8, 4, 2),
+        (4, 12, 4, 3),
+    ]
+    assert json.loads((tmp_path / "run/owner.json").read_text())["ended"]
+
+
+@pytest.mark.parametrize("limit, warmup, tokens", [(None, None, 2560), (7, None, 448), (99, None, 2560), (20, 400, 864)])
+def test_the_way_to_the_end_is_known(tmp_path, limit, warmup, tokens):
+    """What the console's time of arrival goes by: the end of the mixture or max_steps, whichever comes first."""
+    from types import SimpleNamespace
+
+    from moe_train.training.config import BatchSizeWarmup, TrainingConfig
+    from moe_train.training.trainer import Position, Trainer
+
+    grown = None if warmup is None else BatchSizeWarmup(start=2, tokens=warmup)
+    training = TrainingConfig(micro_batch_size=2, global_batch_size=4, batch_size_warmup=grown, max_steps=limit)
+    run = SimpleNamespace(
+        config=SimpleNamespace(training=training),
+        position=Position(),
+        stream=SimpleNamespace(num_samples=160),
+        sequence_length=16,
+    )
+    assert Trainer.last_token.fget(run) == tokens
 
 
 def test_weights_alone_start_a_new_run(complete, tmp_path):

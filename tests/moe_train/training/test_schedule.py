@@ -83,3 +83,13 @@ def test_what_does_not_fit_is_refused():
         small(decay=950)
     with pytest.raises(UserError, match="schedule.warmup .* do not fit into a run of 1000 tokens"):
         small(kind="cosine", warmup=Duration(steps=101))
+
+
+def test_the_decay_gives_way_to_the_rounding_of_the_run():
+    """Phases of 1000 tokens are 992 of whole sequences of 16: what fits the one must fit the other."""
+    schedule = ScheduleConfig(warmup=100, decay=900)
+    assert LearningRate(schedule, 1.0, 1000, 16).decay_start == 100
+    shorter = LearningRate(schedule, 1.0, 992, 16)
+    assert shorter.decay_start == shorter.warmup == 100 and shorter(992) == shorter.minimum
+    with pytest.raises(UserError, match="do not fit"):
+        LearningRate(schedule, 1.0, 984, 16)
