@@ -64,7 +64,7 @@ class BlockCache:
             if found is None:
                 data = fetch()
                 self._keep(path, data)
-                found = memoryview(data)
+                found = self._open(path, expected) or memoryview(data)  # mapped, it takes none of our memory
         return found
 
     def _open(self, path: Path, expected: int | None) -> memoryview | None:
