@@ -7,6 +7,7 @@ another run are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,8 +74,9 @@ class Change:
 
 
 def rule_of(key: str) -> Rule:
-    """The rule of a dotted key of a run file. Raises KeyError for a key that the table does not cover."""
-    parts = key.split(".")
+    """The rule of a dotted key of a run file; a mixture's own router has the rules of the model's. Raises KeyError for a
+    key that the table does not cover."""
+    parts = re.sub(r"^model\.(attention|mlp)\.router\b", "model.router", key).split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
         if prefix in RULES:
@@ -84,7 +86,8 @@ def rule_of(key: str) -> Rule:
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:
     """Every key whose value differs, in the order of the file."""
-    before, after = (dict(_leaves(config.model_dump(mode="json", by_alias=True))) for config in (old, new))
+    own = {name for name in ("attention", "mlp") for config in (old, new) if getattr(getattr(config.model, name), "router", None)}
+    before, after = (dict(_leaves(_dump(config, own))) for config in (old, new))
     keys = dict.fromkeys([*before, *after])
     return [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -103,6 +106,15 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[Change]:
             " restore them, or set another output_dir for a new run"
         )
     return [change for change in found if rule_of(change.key) == "recorded"]
+
+
+def _dump(config: RunConfig, own: set[str]) -> dict[str, Any]:
+    """The config as plain data, with the whole router of the mixtures ``own``, whether it is their own or the model's."""
+    data = config.model_dump(mode="json", by_alias=True)
+    for name in own:
+        if "router" in data["model"][name]:
+            data["model"][name]["router"] = config.model.router_of(name).model_dump(mode="json")
+    return data
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

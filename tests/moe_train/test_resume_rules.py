@@ -66,6 +66,14 @@ def test_a_section_that_appears_is_recorded_key_by_key() -> None:
     assert {change.key for change in check_resume(demo(), new)} >= {"training.batch_size_warmup.start"}
 
 
+def test_a_mixtures_own_router_is_judged_as_the_models() -> None:
+    new = demo("model.mlp.router.load_balancing=skywork")
+    assert check_resume(demo(), new) == [Change("model.mlp.router.load_balancing", "switch", "skywork")]
+    assert check_resume(new, demo()) == [Change("model.mlp.router.load_balancing", "skywork", "switch")]
+    with pytest.raises(UserError, match="model.attention.router.normalize_logits false -> true"):
+        check_resume(demo(), demo("model.attention.router.normalize_logits=true"))
+
+
 def test_refused_changes_name_keys_and_both_values() -> None:
     with pytest.raises(UserError) as info:
         check_resume(
