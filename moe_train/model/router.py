@@ -104,7 +104,9 @@ class Router(torch.nn.Module):
             )
             gates_tk = gates_tk.masked_fill(~sent_tk, 0.0)
         if self.training and torch.is_grad_enabled():
-            observed = self._losses(logits_te[:valid], scores_te[:valid], experts_tk[:valid], tokens)
+            scores_ve = scores_te[:valid]
+            logits_ve = logits_te[:valid] if self.config.normalize_logits else scores_ve
+            observed = self._losses(logits_ve, scores_ve, experts_tk[:valid], tokens)
             loss = self.load_balancing_coef * observed.balance + self.config.z_coef * observed.z
             gates_tk = MoEAuxLossAutoScaler.apply(gates_tk, loss)
             if self.observe is not None:
