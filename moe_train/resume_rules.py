@@ -74,8 +74,8 @@ class Change:
 
 
 def rule_of(key: str) -> Rule:
-    """The rule of a dotted key of a run file; a mixture's own router has the rules of the model's. Raises KeyError for a
-    key that the table does not cover."""
+    """The rule of a dotted key of a run file; a mixture's own router has the rules of the model's. Raises KeyError for
+    a key that the table does not cover."""
     parts = re.sub(r"^model\.(attention|mlp)\.router\b", "model.router", key).split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -86,7 +86,8 @@ def rule_of(key: str) -> Rule:
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:
     """Every key whose value differs, in the order of the file."""
-    own = {name for name in ("attention", "mlp") for config in (old, new) if getattr(getattr(config.model, name), "router", None)}
+    parts = [(name, getattr(config.model, name)) for name in ("attention", "mlp") for config in (old, new)]
+    own = {name for name, part in parts if getattr(part, "router", None)}
     before, after = (dict(_leaves(_dump(config, own))) for config in (old, new))
     keys = dict.fromkeys([*before, *after])
     return [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
@@ -109,7 +110,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> list[Change]:
 
 
 def _dump(config: RunConfig, own: set[str]) -> dict[str, Any]:
-    """The config as plain data, with the whole router of the mixtures ``own``, whether it is their own or the model's."""
+    """The config as plain data, with the whole router of the mixtures ``own``, their own or the model's."""
     data = config.model_dump(mode="json", by_alias=True)
     for name in own:
         if "router" in data["model"][name]:

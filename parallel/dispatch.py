@@ -102,12 +102,13 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(per_rank, list(range(first, first + per_rank)), config, pg_collection=groups)
 
     def plan(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None) -> RoutingPlan:
-        """The routing plan for ``experts_tk`` ``[T, k]``, the experts of each token; ``sent_tk`` says which of these pairs are
-        sent, None: all. Exchanges the counts."""
+        """The routing plan for ``experts_tk`` ``[T, k]``, the experts of each token; ``sent_tk`` says which of these
+        pairs are sent, None: all. Exchanges the counts."""
         return RoutingPlan(self, experts_tk, sent_tk)
 
     def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> ExpertRows:
-        """Tell every rank how many rows come. With expert parallelism the host waits for the numbers, which say how large
+        """Tell every rank how many rows come. With expert parallelism the host waits for the numbers, which say how
+        large
         what it receives is: the one synchronisation of a layer's half that dropless routing forces."""
         chosen = torch.zeros(len(experts_tk), self.num_experts, dtype=torch.bool, device=experts_tk.device)
         chosen.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
@@ -135,7 +136,8 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 def _with_zero_row(rows: torch.Tensor, places: int) -> torch.Tensor:
-    """``rows``, and a row of zeros where pairs that were left out look, which are those of ``places`` that have no row."""
+    """``rows``, and a row of zeros where pairs that were left out look, which are those of ``places`` that have no
+    row."""
     return rows if len(rows) == places else F.pad(rows, (0, 0, 0, 1))
 
 
@@ -160,8 +162,8 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Row p of the result is row ``order[p]``; ``inverse`` undoes it. There are as many ``pairs`` as rows on one side; on the
-    other those that were left out are missing, and come back as zeros."""
+    """Row p of the result is row ``order[p]``; ``inverse`` undoes it. There are as many ``pairs`` as rows on one side;
+    on the other those that were left out are missing, and come back as zeros."""
 
     @staticmethod
     def forward(ctx, rows, order, inverse):

@@ -98,7 +98,8 @@ class Topology:
         return values
 
     def gather_over_tensor_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """``[T, ...]`` of every tensor rank, alike in shape, one after the other along the first dimension; outside of autograd."""
+        """``[T, ...]`` of every tensor rank, alike in shape, one after the other along the first dimension; outside of
+        autograd."""
         if self.layout.tensor == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.layout.tensor)]

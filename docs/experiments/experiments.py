@@ -1,12 +1,16 @@
 """What the experiments share: run many small runs one after the other, and read what they left behind.
 
-Each run is `moe-train pretrain RUN.yaml a.b=c ...` on one CPU core, in a process forked after the imports, which are slower than a
-run's first steps. A run that is complete is not run again. CORPORA is a folder with the corpora and `tok.model`:
+Each run is `moe-train pretrain RUN.yaml a.b=c ...` on one CPU core, in a process forked after the imports, which are
+slower than a run's first steps. A run that is complete is not run again. CORPORA is a folder with the corpora and
+`tok.model`:
 
     make demo                                        # leaves the texts in build/demo/raw
     moe-train tokenizer train build/demo/raw/*.jsonl --out $CORPORA/tok --vocab-size 1024
-    for s in code prose math reference; do moe-train prepare build/demo/raw/$s.jsonl --out $CORPORA/$s --tokenizer $CORPORA/tok.model; done
+    for s in code prose math reference; do
+        moe-train prepare build/demo/raw/$s.jsonl --out $CORPORA/$s --tokenizer $CORPORA/tok.model
+    done
 """
+
 from __future__ import annotations
 
 import csv
@@ -21,7 +25,8 @@ RUNS = Path(os.environ.get("RUNS", "build/experiments"))
 
 
 def run_all(runs: dict[str, list[str]], file: Path, tokens: int, order: int = 1234) -> None:
-    """Every run of ``runs``, over so many tokens in this order: its name (of its folder below RUNS) -> what it sets in ``file``."""
+    """Every run of ``runs``, over so many tokens in this order: its name (of its folder below RUNS) -> what it sets in
+    ``file``."""
     RUNS.mkdir(parents=True, exist_ok=True)
     os.environ.update(TOKENS=str(tokens), ORDER=str(order))
     for name, overrides in runs.items():
@@ -47,7 +52,14 @@ def fork(*arguments: str) -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         log = os.open(RUNS / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -75,11 +87,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
 
 
 def read_csv(path: Path) -> list[dict]:
     """Rows with numbers where they are numbers."""
+
     def value(text: str):
         try:
             return float(text)

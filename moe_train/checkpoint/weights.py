@@ -83,8 +83,9 @@ class WeightsReader:
 
     @property
     def optimizer_kinds(self) -> list[str]:
-        """What is stored of each parameter beside its weight: ``exp_avg``, ``exp_avg_sq``, and ``main`` of a run in bf16."""
-        return [kind for kind in ("main", "exp_avg", "exp_avg_sq") if f"{kind}.{self.names[0]}" in self._metadata.state_dict_metadata]
+        """What is stored beside the weights: ``exp_avg``, ``exp_avg_sq``, and ``main`` of a run in bf16."""
+        stored, first = self._metadata.state_dict_metadata, self.names[0]
+        return [kind for kind in ("main", "exp_avg", "exp_avg_sq") if f"{kind}.{first}" in stored]
 
     def read(self, name: str, exact: bool = False) -> torch.Tensor:
         """One whole parameter, in the precision it was stored in; ``exact``: its fp32 main parameter where
@@ -140,7 +141,7 @@ def write_entries(
     tokenizer: Path | None = None,
     extra_state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint of exactly these ``entries``; ``tensors`` come in their order, by key, one in memory at a time.
+    """Write a checkpoint of these ``entries``; ``tensors`` come in their order, by key, one in memory at a time.
 
     Raises:
         UserError: ``path`` exists, or cannot be written.
@@ -204,8 +205,9 @@ def _write(
 ) -> None:
     """Write all files of the checkpoint into ``folder``."""
     pieces = [
-        Piece(each.key, each.shape, (0,) * len(each.shape), each.shape, each.dtype, lambda each=each: _next(tensors, each))
-        for each in entries
+        Piece(key, shape, (0,) * len(shape), shape, dtype, lambda entry=entry: _next(tensors, entry))
+        for entry in entries
+        for key, shape, dtype in [entry]
     ]
     written = write_pieces(folder, 0, pieces)
     files = written.entries | write_metadata(folder, merge_plans([plan(pieces)]), [written])

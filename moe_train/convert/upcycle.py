@@ -1,12 +1,12 @@
-"""``moe-train checkpoint upcycle``: a mixture of experts out of a dense model, as Skywork-MoE does it (arXiv 2406.06563).
+"""``moe-train checkpoint upcycle``: a mixture of experts out of a dense model, as Skywork-MoE does it (arXiv
+2406.06563).
 
-Each expert begins as a copy of the dense MLP and a token's gates add up to 1: so the mixture computes what the dense model
-did, whatever its routers choose, until training makes the experts differ. One parameter is in memory at a time.
+Each expert begins as a copy of the dense MLP and a token's gates add up to 1: so the mixture computes what the dense
+model did, whatever its routers choose, until training makes the experts differ. One parameter is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ def upcycle(
     router: dict[str, Any] | None = None,
     keep_optimizer: bool = False,
 ) -> int:
-    """Write the checkpoint ``out``: the dense model with ``experts`` copies of each MLP, of which a token uses ``top_k``.
+    """Write the checkpoint ``out``: the dense model with ``experts`` copies of each MLP, of which a token uses
+    ``top_k``.
 
     Args:
         dense: one of our checkpoints, or a Hugging Face folder, of a model with ``mlp.kind: dense``.
@@ -54,7 +55,11 @@ def upcycle(
     """
     source = _open(dense)
     config = mixture_config(source.config, str(dense), experts, top_k, router or {})
-    for name, value, limit in (("--noise", noise, None), ("--reinitialize", reinitialize, 1.0), ("--router-std", router_std, None)):
+    for name, value, limit in (
+        ("--noise", noise, None),
+        ("--reinitialize", reinitialize, 1.0),
+        ("--router-std", router_std, None),
+    ):
         if value < 0 or (limit is not None and value > limit):
             raise UserError(f"{name} {value:g}: give {'a part, from 0 to 1' if limit else '0 or more'}")
     from moe_train.checkpoint.weights import Entry, write_entries
@@ -62,9 +67,18 @@ def upcycle(
     kinds = ["weights", *(_optimizer_kinds(source, dense) if keep_optimizer else ())]
     make = _Maker(source, config, router_std, noise, reinitialize, seed)
     shapes = config.parameter_shapes()
-    entries = [Entry(f"{kind}.{name}", shape, make.dtype(kind, name)) for kind in kinds for name, shape in shapes.items()]
+    entries = [
+        Entry(f"{kind}.{name}", shape, make.dtype(kind, name)) for kind in kinds for name, shape in shapes.items()
+    ]
     tensors = ((f"{kind}.{name}", make(kind, name, shape)) for kind in kinds for name, shape in shapes.items())
-    origin = {"dense": str(dense), "experts": experts, "top_k": top_k, "noise": noise, "reinitialize": reinitialize, "seed": seed}
+    origin = {
+        "dense": str(dense),
+        "experts": experts,
+        "top_k": top_k,
+        "noise": noise,
+        "reinitialize": reinitialize,
+        "seed": seed,
+    }
     kept = {key: source.state[key] for key in KEPT_STATE if key in source.state} if keep_optimizer else {}
     write_entries(out, config, entries, tensors, source.tokenizer, {**kept, "upcycled": origin})
     _report(source.config, config, str(out), noise or reinitialize, keep_optimizer)
@@ -76,16 +90,26 @@ def mixture_config(dense: ModelConfig, source: str, experts: int, top_k: int, ro
     from pydantic import ValidationError
 
     if dense.mlp.kind != "dense":
-        raise UserError(f"{source}: mlp.kind is {dense.mlp.kind}: its MLPs are experts already; upcycling starts from a dense model")
+        raise UserError(
+            f"{source}: mlp.kind is {dense.mlp.kind}: its MLPs are experts already; upcycling starts from a dense model"
+        )
     if not 1 <= top_k < experts:
-        raise UserError(f"--experts {experts} --top-k {top_k}: give more experts than a token uses, and 1 or more of these")
+        raise UserError(
+            f"--experts {experts} --top-k {top_k}: give more experts than a token uses, and 1 or more of these"
+        )
     mlp = MixtureOfMLPConfig(
-        ffn_hidden_size=dense.mlp.ffn_hidden_size, num_experts=experts, top_k=top_k, activation=dense.mlp.activation, bias=False
+        ffn_hidden_size=dense.mlp.ffn_hidden_size,
+        num_experts=experts,
+        top_k=top_k,
+        activation=dense.mlp.activation,
+        bias=False,
     )
     values = dense.model_dump() | {"mlp": mlp.model_dump()}
     values["router"] = values["router"] | router
     if not values["router"].get("renormalize"):
-        raise UserError("renormalize: false: gates that do not add up to 1 make the copies compute something else; leave it true")
+        raise UserError(
+            "renormalize: false: gates that do not add up to 1 make the copies compute something else; leave it true"
+        )
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -117,7 +141,9 @@ class _Maker:
 
         if kind != "weights":
             return torch.float32
-        return self._source.dtype(name.replace("mlp.router.weight", "mlp_norm.weight").replace("mlp.router.bias", "mlp_norm.weight"))
+        return self._source.dtype(
+            name.replace("mlp.router.weight", "mlp_norm.weight").replace("mlp.router.bias", "mlp_norm.weight")
+        )
 
     def __call__(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
@@ -142,8 +168,8 @@ class _Maker:
         return copies
 
     def _redraw(self, expert: torch.Tensor, name: str, number: int, std: float) -> None:
-        """Draw some hidden channels of one expert anew: the same for its gate, up and down projections, of which they are
-        rows, rows and columns."""
+        """Draw some hidden channels of one expert anew: the same for its gate, up and down projections, of which they
+        are rows, rows and columns."""
         import torch
 
         hidden = self._config.mlp.ffn_hidden_size
@@ -203,6 +229,10 @@ def _report(dense: ModelConfig, config: ModelConfig, out: str, changed: float, r
         f"{out}: {config.num_parameters():,} parameters, {config.num_active_parameters():,} active, from"
         f" {dense.num_parameters():,}: {mlp.num_experts} experts a layer, top-{mlp.top_k}"
     )
-    print("the copies were changed: it does not compute what the dense model did" if changed else "it computes what the dense model did")
+    print(
+        "the copies were changed: it does not compute what the dense model did"
+        if changed
+        else "it computes what the dense model did"
+    )
     start = f"--resume {out}" if resumable else f"checkpoint.initialize_from: {out}"
     print(f"start from it with {start}; whether that is better than from scratch: moe-train plan upcycle")

@@ -1,8 +1,10 @@
 """The losses that keep a router's experts in balance, by name.
 
-Each gives this rank's part: over the tensor ranks that share a micro-batch the parts, and their gradients, add up to those of
-the loss. ``G`` groups of tokens (one micro-batch, or each of its sequences) have a loss each; their mean is taken.
+Each gives this rank's part: over the tensor ranks that share a micro-batch the parts, and their gradients, add up to
+those of the loss. ``G`` groups of tokens (one micro-batch, or each of its sequences) have a loss each; their mean is
+taken.
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,7 +15,8 @@ from parallel.topology import Topology
 def switch(
     probability_ge: torch.Tensor, counts_ge: torch.Tensor, per_group: int, top_k: int, topology: Topology
 ) -> torch.Tensor:
-    """``E * sum_e f_e P_e`` (Fedus et al.; JetMoE eq. 10), 1 when balanced: f the fraction of the choices, P the mean probability.
+    """``E * sum_e f_e P_e`` (Fedus et al.; JetMoE eq. 10), 1 when balanced: f the fraction of the choices, P the mean
+    probability.
 
     Args:
         probability_ge: ``[G, E]`` the probabilities of all experts, summed over this rank's tokens.
@@ -27,7 +30,8 @@ def switch(
 def skywork(
     probability_ge: torch.Tensor, counts_ge: torch.Tensor, per_group: int, top_k: int, topology: Topology
 ) -> torch.Tensor:
-    """``sum_e (1/E - P_e)^2`` (Skywork-MoE eq. 3), 0 when the mean probabilities are even. Arguments as of :func:`switch`."""
+    """``sum_e (1/E - P_e)^2`` (Skywork-MoE eq. 3), 0 when the mean probabilities are even. Arguments as of
+    :func:`switch`."""
     groups, experts = counts_ge.shape
     mean_ge = probability_ge / per_group
     whole_ge = topology.sum_over_tensor_ranks(mean_ge.detach().clone())

@@ -1,4 +1,5 @@
 """How many tokens an expert takes of a micro-batch, and which are left over where that is enforced."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +10,7 @@ from parallel.topology import Topology
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-    """The most tokens of a micro-batch of ``tokens`` that one expert takes: ``factor`` times its even share, rounded up."""
+    """The most tokens of a micro-batch that one expert takes: ``factor`` times its even share, rounded up."""
     return math.ceil(factor * tokens * top_k / num_experts - 1e-9)  # 1.1 * 100 is to be 110, not 111
 
 
@@ -24,8 +25,8 @@ def within_capacity(
     Args:
         experts_tk: the experts of this rank's tokens, which follow those of the tensor rank before in the micro-batch.
         probability_te: ``[T, E]`` the probabilities.
-        by: ``position``: first come, first served, in the order of the tokens; ``probability``: the most probable first,
-            of two alike the earlier token.
+        by: ``position``: first come, first served, in the order of the tokens; ``probability``: the most probable
+            first, of two alike the earlier token.
         valid: local rows that are no padding (they come first); padding has no place.
     """
     rows = len(experts_tk)

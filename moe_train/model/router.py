@@ -1,14 +1,16 @@
 """The router: which experts a token goes to, with what weight, and the losses that keep the experts in balance.
 
-JetMoE (eq. 1, 2, 10, 11): logits in the model's precision, cast to fp32; the k largest are kept and the softmax is taken over
-them alone, or (``renormalize: false``, OLMoE) over all experts. A load-balancing loss (:mod:`moe_train.model.balance`) and the
-z-loss ``mean logsumexp^2`` of the logits (Zoph et al.) are means over the tokens of one micro-batch (or of one sequence, ``scope: sequence``), summed over the tensor ranks
-that share it, so that no layout changes them.
+JetMoE (eq. 1, 2, 10, 11): logits in the model's precision, cast to fp32; the k largest are kept and the softmax is
+taken over them alone, or (``renormalize: false``, OLMoE) over all experts. A load-balancing loss
+(:mod:`moe_train.model.balance`) and the z-loss ``mean logsumexp^2`` of the logits (Zoph et al.) are means over the
+tokens of one micro-batch (or of one sequence, ``scope: sequence``), summed over the tensor ranks that share it, so
+that no layout changes them.
 
-Skywork-MoE (eq. 6): before the choice the logits of a token may be brought to one mean and one spread, so that its gates do
-not drift towards being all alike. An expert may have a capacity (:mod:`moe_train.model.capacity`); what it drops has
-the gate 0 and is not sent.
+Skywork-MoE (eq. 6): before the choice the logits of a token may be brought to one mean and one spread, so that its
+gates do not drift towards being all alike. An expert may have a capacity (:mod:`moe_train.model.capacity`); what it
+drops has the gate 0 and is not sent.
 """
+
 from __future__ import annotations
 
 import math
@@ -26,7 +28,8 @@ from moe_train.model.parameters import new_parameter, output_bias, sequence_para
 from parallel.topology import Topology
 
 NORMALIZE_EPS = 1e-6
-"""Added to the variance of a token's logits: equal logits stay equal, with a gradient that is finite. The paper gives none."""
+"""Added to the variance of a token's logits: equal logits stay equal, with a gradient that is finite. The paper gives
+none."""
 _MAX_RATIO = 1e6  # of two gates, for a mean that one token cannot make infinite
 
 
@@ -35,8 +38,8 @@ class Tokens:
     """How the local rows ``[s * B, H]`` of a layer lie in the micro-batch.
 
     ``sequences`` is B; ``length`` the length S of the sequences before padding, over all tensor ranks; ``first`` the
-    position of this rank's first row in them; positions from ``length`` on are padding. ``mask``: what each query may look
-    at (:func:`moe_train.model.documents.document_mask`); None: everything before it.
+    position of this rank's first row in them; positions from ``length`` on are padding. ``mask``: what each query may
+    look at (:func:`moe_train.model.documents.document_mask`); None: everything before it.
     """
 
     sequences: int
@@ -52,9 +55,9 @@ class Tokens:
 class Observation(NamedTuple):
     """What a router did in one micro-batch: this rank's part, detached.
 
-    ``counts``: ``[E]`` tokens that chose each expert. ``overflow``: the pairs beyond the experts' capacity, over all tensor
-    ranks, or None without one. ``sharpness``: the sums over the tokens of Max1/Max2 and Max2/Max3 of the gates, or None where
-    nobody asks.
+    ``counts``: ``[E]`` tokens that chose each expert. ``overflow``: the pairs beyond the experts' capacity, over all
+    tensor ranks, or None without one. ``sharpness``: the sums over the tokens of Max1/Max2 and Max2/Max3 of the gates,
+    or None where nobody asks.
     """
 
     balance: torch.Tensor
@@ -76,13 +79,24 @@ class Router(torch.nn.Module):
     """
 
     def __init__(
-        self, name: str, hidden_size: int, num_experts: int, top_k: int, config: RouterConfig, topology: Topology, dtype: torch.dtype
+        self,
+        name: str,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        config: RouterConfig,
+        topology: Topology,
+        dtype: torch.dtype,
     ):
         super().__init__()
         self.num_experts, self.top_k, self.config, self.topology = num_experts, top_k, config, topology
         self.weight = sequence_parallel(
             new_parameter(
-                f"{name}.weight", (num_experts, hidden_size), replica=topology.tensor_rank, dtype=dtype, device=topology.device
+                f"{name}.weight",
+                (num_experts, hidden_size),
+                replica=topology.tensor_rank,
+                dtype=dtype,
+                device=topology.device,
             )
         )
         self.bias = output_bias(f"{name}.bias", num_experts, topology, dtype) if config.bias else None
@@ -93,7 +107,10 @@ class Router(torch.nn.Module):
         logits_te = F.linear(x_th, self.weight, self.bias).float()
         scores_te = normalize(logits_te, self.config.logit_scale) if self.config.normalize_logits else logits_te
         kept_tk, experts_tk = scores_te.topk(self.top_k, dim=-1)
-        gates_tk = kept_tk.softmax(dim=-1) if self.config.renormalize else scores_te.softmax(dim=-1).gather(1, experts_tk)
+        if self.config.renormalize:
+            gates_tk = kept_tk.softmax(dim=-1)
+        else:
+            gates_tk = scores_te.softmax(dim=-1).gather(1, experts_tk)
         gates_tk = gates_tk.to(x_th.dtype)
         valid = tokens.valid_rows(len(x_th))
         sent_tk = None
@@ -136,19 +153,20 @@ class Router(torch.nn.Module):
         overflow = None
         if self.config.capacity_factor is not None:
             overflow = (counts_ge.sum(0) - self._capacity(tokens)).clamp(min=0).sum()
-        return Observation(balance, z, local_counts, overflow, _sharpness(scores_te.detach()) if self.watch_gates else None)
+        sharpness = _sharpness(scores_te.detach()) if self.watch_gates else None
+        return Observation(balance, z, local_counts, overflow, sharpness)
 
     def _capacity(self, tokens: Tokens) -> int:
         return capacity(self.config.capacity_factor, tokens.sequences * tokens.length, self.top_k, self.num_experts)
 
 
 def normalize(logits_te: torch.Tensor, scale: float) -> torch.Tensor:
-    """``scale * (logits - mean) / standard deviation`` over the experts of each token (Skywork-MoE eq. 6; biased deviation)."""
+    """``scale * (logits - mean) / standard deviation`` over the experts of each token (Skywork-MoE eq. 6)."""
     return scale * F.layer_norm(logits_te, logits_te.shape[-1:], eps=NORMALIZE_EPS)
 
 
 def _sharpness(scores_te: torch.Tensor) -> torch.Tensor:
-    """``[2]``: Max1/Max2 and Max2/Max3 of each token's probabilities, summed over the tokens; 0 where there is no third."""
+    """``[2]``: Max1/Max2 and Max2/Max3 of each token's probabilities, summed; 0 where there is no third."""
     largest_t3 = scores_te.topk(min(3, scores_te.shape[-1]), dim=-1).values
     ratios_t2 = (largest_t3[:, :-1] - largest_t3[:, 1:]).clamp(max=math.log(_MAX_RATIO)).exp()
     return F.pad(ratios_t2.sum(dim=0), (0, 2 - ratios_t2.shape[-1]))

@@ -38,11 +38,12 @@ class RouterConfig(ModelPart):
     bias: bool = False
     """Whether the logits have a bias (Skywork-MoE eq. 1)."""
     normalize_logits: bool = False
-    """Bring each token's logits to mean 0 and standard deviation `logit_scale` before the choice (Skywork-MoE eq. 6)."""
+    """Bring each token's logits to mean 0 and standard deviation `logit_scale` before the choice (Skywork-MoE
+    eq. 6)."""
     logit_scale: float = Field(1.0, gt=0)
     """lambda: the larger, the sharper the gates."""
     capacity_factor: float | None = None
-    """The most tokens of a micro-batch that an expert takes, over its even share, which is tokens * top_k / num_experts;
+    """The most tokens of a micro-batch that an expert takes, over its even share (tokens * top_k / num_experts);
     null: unlimited. Without `drop_by` it takes them all, and what would have been dropped is reported."""
     drop_by: Literal["position", "probability"] | None = None
     """What an expert leaves out in training beyond its capacity: the last tokens of the micro-batch, or the least

@@ -1,4 +1,5 @@
 """Load-balancing coefficients that follow the drop rate of their router (Skywork-MoE eq. 7-9)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from moe_train.training.router_monitor import routers
 class AdaptiveCoefficients:
     """The coefficient of every router of the whole model whose config has ``adaptive``; empty where none has.
 
-    Every rank keeps all of them and learns the drop rates of all of them, from sums over all ranks: so they agree, on any
-    layout, without asking each other. They start at ``load_balancing_coef``; the paper leaves the start open.
+    Every rank keeps all of them and learns the drop rates of all of them, from sums over all ranks: so they agree, on
+    any layout, without asking each other. They start at ``load_balancing_coef``; the paper leaves the start open.
     """
 
     def __init__(self, chunks: list[Transformer]):

@@ -2,6 +2,7 @@
 
 What Skywork-MoE watches in upcycled models: the experts of the worst ones stayed alike.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,7 +19,9 @@ def expert_similarities(chunks: list[Transformer], topology: Topology) -> dict[s
     for chunk in chunks:
         for layer in chunk.layers:
             for part in ("attention", "mlp"):
-                experts = [child.weight for child in getattr(layer, part).children() if isinstance(child, GroupedLinear)]
+                experts = [
+                    child.weight for child in getattr(layer, part).children() if isinstance(child, GroupedLinear)
+                ]
                 if experts and experts[0].placement.global_shape[0] > 1:
                     own[f"layers.{layer.index}.{part}"] = _mean_cosine(experts, topology)
     everywhere: dict[str, float] = {}
@@ -30,11 +33,14 @@ def expert_similarities(chunks: list[Transformer], topology: Topology) -> dict[s
 def _mean_cosine(weights: list[torch.Tensor], topology: Topology) -> float:
     """Over the pairs of E experts, each the vector of its slices of ``weights`` ``[local experts, out, in]``.
 
-    For unit vectors u the mean is ``(|sum_e u_e|^2 - E) / (E (E - 1))``: a sum over the experts, wherever they are, in the
-    place of a product for each pair.
+    For unit vectors u the mean is ``(|sum_e u_e|^2 - E) / (E (E - 1))``: a sum over the experts, wherever they are, in
+    the place of a product for each pair.
     """
     local, total = len(weights[0]), weights[0].placement.global_shape[0]
-    norms = [torch.stack([weight[expert].float().norm() for weight in weights]).norm().clamp(min=1e-30) for expert in range(local)]
+    norms = [
+        torch.stack([weight[expert].float().norm() for weight in weights]).norm().clamp(min=1e-30)
+        for expert in range(local)
+    ]
     square = 0.0
     for weight in weights:
         mean = sum(weight[expert].float() / norms[expert] for expert in range(local))

@@ -1,4 +1,5 @@
 """When a router's figures are worth a word: an alarm as one sets in, a line as it ends."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ SETTLED = 500
 
 
 class Alarm(NamedTuple):
-    """Sounds where ``figure`` is past ``limit`` (above it, or below where ``below``), ends where it is back past ``quiet``,
-    so that a figure at its limit does not flap."""
+    """Sounds where ``figure`` is past ``limit`` (above it, or below where ``below``), ends where it is back past
+    ``quiet``, so that a figure at its limit does not flap."""
 
     figure: str
     limit: float
@@ -27,12 +28,26 @@ class Alarm(NamedTuple):
 
 ALARMS = (
     Alarm("max_over_mean", 4.0, 3.6, "sends {:.1f} x the mean to one expert", "is back to {:.1f} x the mean"),
-    Alarm("drop_rate", 0.10, 0.08, "has {:.0%} of its tokens beyond the capacity", "is back to {:.0%} beyond the capacity"),
     Alarm(
-        "max1_over_max2", 1.05, 1.1, "hardly tells its experts apart (Max1/Max2 {:.3f})",
-        "tells its experts apart again (Max1/Max2 {:.2f})", below=True, first_step=SETTLED,
+        "drop_rate", 0.10, 0.08, "has {:.0%} of its tokens beyond the capacity", "is back to {:.0%} beyond the capacity"
     ),
-    Alarm("similarity", 0.95, 0.9, "has experts that are alike (cosine {:.3f})", "has experts that differ (cosine {:.3f})", first_step=SETTLED),
+    Alarm(
+        "max1_over_max2",
+        1.05,
+        1.1,
+        "hardly tells its experts apart (Max1/Max2 {:.3f})",
+        "tells its experts apart again (Max1/Max2 {:.2f})",
+        below=True,
+        first_step=SETTLED,
+    ),
+    Alarm(
+        "similarity",
+        0.95,
+        0.9,
+        "has experts that are alike (cosine {:.3f})",
+        "has experts that differ (cosine {:.3f})",
+        first_step=SETTLED,
+    ),
 )
 
 
@@ -44,7 +59,8 @@ class RouterAlarms:
         self._sounding: set[tuple[str, str]] = set()
 
     def check(self, step: int, routers: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[str]]:
-        """(what got worse, what got better) since the last call, a message each; a router is named as ``layers.3.mlp``."""
+        """(what got worse, what got better) since the last call, a message each; a router is named as
+        ``layers.3.mlp``."""
         worse: list[str] = []
         better: list[str] = []
         for name, figures in routers.items():

@@ -1,4 +1,5 @@
 """What the routers do in a step: their losses, how evenly they load the experts, how sure they are, what is dropped."""
+
 from __future__ import annotations
 
 import math
@@ -115,5 +116,10 @@ class RouterMonitor:
 def routers(chunks: list[Transformer]) -> dict[str, Router]:
     """The routers of this rank, by layer and part: ``layers.3.mlp``."""
     names = chunks[0].model_config.routers()
-    parts = [(f"layers.{layer.index}.{part}", getattr(layer, part)) for chunk in chunks for layer in chunk.layers for part in PARTS]
+    parts = [
+        (f"layers.{layer.index}.{part}", getattr(layer, part))
+        for chunk in chunks
+        for layer in chunk.layers
+        for part in PARTS
+    ]
     return {name: part.router for name, part in parts if name in names}

@@ -11,17 +11,29 @@ from moe_train.model.router_config import RouterConfig
 
 def test_by_default_it_is_jetmoes() -> None:
     router = RouterConfig()
-    assert (router.load_balancing, router.load_balancing_coef, router.z_coef, router.scope) == ("switch", 0.01, 0.001, "micro_batch")
+    assert (router.load_balancing, router.load_balancing_coef, router.z_coef, router.scope) == (
+        "switch",
+        0.01,
+        0.001,
+        "micro_batch",
+    )
     assert not router.normalize_logits and router.capacity_factor is router.drop_by is router.adaptive is None
 
 
 def test_a_mixtures_own_router_says_what_differs() -> None:
     model = ModelConfig.model_validate(
-        {"router": {"z_coef": 0.5, "scope": "sequence"}, "mlp": {"router": {"load_balancing": "skywork", "z_coef": 0.25}}}
+        {
+            "router": {"z_coef": 0.5, "scope": "sequence"},
+            "mlp": {"router": {"load_balancing": "skywork", "z_coef": 0.25}},
+        }
     )
     assert model.router_of("attention") == model.router == RouterConfig(z_coef=0.5, scope="sequence")
     assert model.router_of("mlp") == RouterConfig(z_coef=0.25, scope="sequence", load_balancing="skywork")
-    assert ModelConfig.model_validate(model.model_dump()) == model == ModelConfig.model_validate(model.model_dump(mode="json"))
+    assert (
+        ModelConfig.model_validate(model.model_dump())
+        == model
+        == ModelConfig.model_validate(model.model_dump(mode="json"))
+    )
 
 
 def test_a_bias_of_one_router_is_a_parameter_of_it_alone() -> None:

@@ -1,4 +1,5 @@
 """Adaptive against fixed coefficients of the load-balancing loss: python docs/experiments/adaptive-coefficient/experiment.py [run|report]"""
+
 from __future__ import annotations
 
 import sys
@@ -14,7 +15,11 @@ VARIANTS = {
     "fixed 0.01": ["model.router.load_balancing_coef=0.01"],
     "adaptive": ["model.router.adaptive.xi=0.2"],
     "fixed 1": ["model.router.load_balancing_coef=1.0"],
-    "adaptive up to 1": ["model.router.load_balancing_coef=1.0", "model.router.adaptive.max_coef=1.0", "model.router.adaptive.xi=20.0"],
+    "adaptive up to 1": [
+        "model.router.load_balancing_coef=1.0",
+        "model.router.adaptive.max_coef=1.0",
+        "model.router.adaptive.xi=20.0",
+    ],
 }
 LAYERS = 4
 TOKENS = 600 * 2048
@@ -44,7 +49,9 @@ def report() -> None:
                 rows.append(row)
         held_out = [value for name, value in line.items() if name.startswith("validation/")]
         drops = mean(rows[-1][f"drop_rate_{layer}"] for layer in range(LAYERS))
-        print(f"{variant}: last 100 steps {mean(recent[-100:]):.4f}, held-out {mean(held_out):.4f}, drop rate {drops:.3f}")
+        print(
+            f"{variant}: last 100 steps {mean(recent[-100:]):.4f}, held-out {mean(held_out):.4f}, drop rate {drops:.3f}"
+        )
     write_csv(HERE / "data.csv", rows)
     draw(read_csv(HERE / "data.csv"))
 
@@ -60,7 +67,12 @@ def draw(rows: list[dict]) -> None:
         mine = [row for row in rows if row["variant"] == variant]
         steps = [row["step"] for row in mine]
         axes[0, 0].plot(steps, [row["loss"] for row in mine], color=f"C{colour}", label=variant)
-        axes[0, 1].plot(steps, [mean(row[f"drop_rate_{i}"] for i in range(LAYERS)) for row in mine], color=f"C{colour}", label=variant)
+        axes[0, 1].plot(
+            steps,
+            [mean(row[f"drop_rate_{i}"] for i in range(LAYERS)) for row in mine],
+            color=f"C{colour}",
+            label=variant,
+        )
     for axis, variant in ((axes[1, 0], "adaptive"), (axes[1, 1], "adaptive up to 1")):
         mine = [row for row in rows if row["variant"] == variant]
         for layer in range(LAYERS):

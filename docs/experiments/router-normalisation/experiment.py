@@ -1,4 +1,5 @@
 """Gating-logit normalisation on and off: python docs/experiments/router-normalisation/experiment.py [run|report]"""
+
 from __future__ import annotations
 
 import sys
@@ -16,7 +17,12 @@ VARIANTS = {
 }
 SEEDS = (1,)
 TOKENS = 600 * 2048
-FIGURES = {"loss": "loss", "max1_over_max2": "Max1/Max2", "max2_over_max3": "Max2/Max3", "drop_rate": "drop rate (capacity factor 1.25)"}
+FIGURES = {
+    "loss": "loss",
+    "max1_over_max2": "Max1/Max2",
+    "max2_over_max3": "Max2/Max3",
+    "drop_rate": "drop rate (capacity factor 1.25)",
+}
 
 
 def folder(variant: str, seed: int) -> str:
@@ -38,9 +44,13 @@ def report() -> None:
                 if line["step"] % 20 == 0:
                     routers = line["routers"].values()
                     figures = {name: mean(router[name] for router in routers) for name in list(FIGURES)[1:]}
-                    rows.append({"variant": variant, "seed": seed, "step": line["step"], "loss": mean(recent[-20:]), **figures})
+                    rows.append(
+                        {"variant": variant, "seed": seed, "step": line["step"], "loss": mean(recent[-20:]), **figures}
+                    )
             final = [value for name, value in line.items() if name.startswith("validation/")]
-            print(f"{variant} seed {seed}: last 100 steps {mean(recent[-100:]):.4f}, held-out {mean(final) if final else float('nan'):.4f}")
+            print(
+                f"{variant} seed {seed}: last 100 steps {mean(recent[-100:]):.4f}, held-out {mean(final) if final else float('nan'):.4f}"
+            )
     write_csv(HERE / "data.csv", rows)
     draw(read_csv(HERE / "data.csv"))
 

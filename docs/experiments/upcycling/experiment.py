@@ -1,4 +1,5 @@
 """Upcycling against training from scratch: python docs/experiments/upcycling/experiment.py [run [SEED...]|report]"""
+
 from __future__ import annotations
 
 import sys
@@ -41,8 +42,18 @@ def run(seeds: list[int]) -> None:
         upcycled = RUNS / f"upcycling/upcycled-seed-{seed}"
         if not upcycled.exists():
             fork(
-                "checkpoint", "upcycle", str(RUNS / dense), str(upcycled), "--experts", "8", "--top-k", "2",
-                "--router", "normalize_logits=true", "--seed", str(seed),
+                "checkpoint",
+                "upcycle",
+                str(RUNS / dense),
+                str(upcycled),
+                "--experts",
+                "8",
+                "--top-k",
+                "2",
+                "--router",
+                "normalize_logits=true",
+                "--seed",
+                str(seed),
             )
         for budget in BUDGETS:
             tokens = round(budget * DENSE_TOKENS / ratio / BATCH) * BATCH
@@ -61,13 +72,29 @@ def held_out(name: str) -> float:
 def report() -> None:
     rows = []
     for seed in SEEDS:
-        rows.append({"variant": "dense", "budget": 1.0, "seed": seed, "held_out_loss": held_out(f"upcycling/dense-seed-{seed}"), "similarity": 1.0})
+        rows.append(
+            {
+                "variant": "dense",
+                "budget": 1.0,
+                "seed": seed,
+                "held_out_loss": held_out(f"upcycling/dense-seed-{seed}"),
+                "similarity": 1.0,
+            }
+        )
         for budget in BUDGETS:
             for variant in VARIANTS:
                 name = folder(variant, budget, seed)
                 similar = [line["routers"] for line in lines(name) if "routers" in line][-1]
                 similarity = mean(router["similarity"] for router in similar.values())
-                rows.append({"variant": variant, "budget": budget, "seed": seed, "held_out_loss": held_out(name), "similarity": similarity})
+                rows.append(
+                    {
+                        "variant": variant,
+                        "budget": budget,
+                        "seed": seed,
+                        "held_out_loss": held_out(name),
+                        "similarity": similarity,
+                    }
+                )
     write_csv(HERE / "data.csv", rows)
     rows = read_csv(HERE / "data.csv")
     for variant in ("dense", *VARIANTS):
@@ -75,7 +102,9 @@ def report() -> None:
             mine = [row for row in rows if row["variant"] == variant and row["budget"] == budget]
             if mine:
                 losses = [row["held_out_loss"] for row in mine]
-                print(f"| {variant} | {budget:g} | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | {mean(r['similarity'] for r in mine):.2f} |")
+                print(
+                    f"| {variant} | {budget:g} | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | {mean(r['similarity'] for r in mine):.2f} |"
+                )
     draw(rows)
 
 
@@ -88,11 +117,25 @@ def draw(rows: list[dict]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     for colour, variant in enumerate(VARIANTS):
         for axis, name in ((left, "held_out_loss"), (right, "similarity")):
-            values = [[row[name] for row in rows if row["variant"] == variant and row["budget"] == budget] for budget in BUDGETS]
+            values = [
+                [row[name] for row in rows if row["variant"] == variant and row["budget"] == budget]
+                for budget in BUDGETS
+            ]
             axis.plot(BUDGETS, [mean(each) for each in values], "o-", color=f"C{colour}", label=variant)
             if name == "held_out_loss":
-                axis.fill_between(BUDGETS, [min(each) for each in values], [max(each) for each in values], color=f"C{colour}", alpha=0.15)
-    left.axhline(mean(row["held_out_loss"] for row in rows if row["variant"] == "dense"), color="grey", linestyle=":", label="dense, at 1")
+                axis.fill_between(
+                    BUDGETS,
+                    [min(each) for each in values],
+                    [max(each) for each in values],
+                    color=f"C{colour}",
+                    alpha=0.15,
+                )
+    left.axhline(
+        mean(row["held_out_loss"] for row in rows if row["variant"] == "dense"),
+        color="grey",
+        linestyle=":",
+        label="dense, at 1",
+    )
     left.set(title="held-out loss", xlabel="compute / that of the dense model")
     right.set(title="cosine between experts", xlabel="compute / that of the dense model")
     left.legend()

@@ -42,7 +42,8 @@ def nll(ranks, checkpoint: Path, layout: list[str] = (), nproc: int = 1) -> np.n
 
 
 @pytest.mark.parametrize(
-    ("experts", "top_k", "router"), [(4, 2, []), (5, 1, []), (4, 3, ["normalize_logits=true", "logit_scale=2.0", "bias=true"])]
+    ("experts", "top_k", "router"),
+    [(4, 2, []), (5, 1, []), (4, 3, ["normalize_logits=true", "logit_scale=2.0", "bias=true"])],
 )
 def test_it_computes_what_the_dense_model_did(ranks, dense, tmp_path, experts, top_k, router):
     upcycle(dense, tmp_path / "out", experts, top_k, router_std=0.5, router=read_router_keys(router))
@@ -110,12 +111,20 @@ def test_some_channels_of_each_expert_are_drawn_anew(dense, tmp_path):
 def test_the_optimizer_is_kept_where_asked_for(tmp_path):
     weights = random_weights(DENSE)
     kinds = {"weights": torch.bfloat16, "main": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-    entries = [Entry(f"{kind}.{name}", shape, dtype) for kind, dtype in kinds.items() for name, shape in DENSE.parameter_shapes().items()]
+    entries = [
+        Entry(f"{kind}.{name}", shape, dtype)
+        for kind, dtype in kinds.items()
+        for name, shape in DENSE.parameter_shapes().items()
+    ]
     values = {"weights": 1.0, "main": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
     tensors = ((entry.key, weights[entry.key.split(".", 1)[1]] * values[entry.key.split(".")[0]]) for entry in entries)
-    write_entries(tmp_path / "dense", DENSE, entries, tensors, extra_state={"step": 7, "samples": 70, "optimizer_steps": 6})
+    write_entries(
+        tmp_path / "dense", DENSE, entries, tensors, extra_state={"step": 7, "samples": 70, "optimizer_steps": 6}
+    )
     upcycle(tmp_path / "dense", tmp_path / "plain", 4, 2)
-    assert WeightsReader(tmp_path / "plain").optimizer_kinds == [] and WeightsReader(tmp_path / "plain").state["step"] == 0
+    assert (
+        WeightsReader(tmp_path / "plain").optimizer_kinds == [] and WeightsReader(tmp_path / "plain").state["step"] == 0
+    )
     upcycle(tmp_path / "dense", tmp_path / "kept", 4, 2, keep_optimizer=True)
     kept = WeightsReader(tmp_path / "kept")
     assert kept.optimizer_kinds == ["main", "exp_avg", "exp_avg_sq"] and kept.state["optimizer_steps"] == 6
@@ -161,10 +170,13 @@ LAYERS, HIDDEN, FFN, EXPERTS = 14, 128, 1024, 8
 
 def test_memory_is_near_one_layer(tmp_path):
     """Of a mixture of LAYERS layers; measured in a process of its own, as the growth of its peak."""
-    config = DENSE.model_copy(update={"hidden_size": HIDDEN, "num_layers": LAYERS, "mlp": DenseMLPConfig(ffn_hidden_size=FFN)})
+    config = DENSE.model_copy(
+        update={"hidden_size": HIDDEN, "num_layers": LAYERS, "mlp": DenseMLPConfig(ffn_hidden_size=FFN)}
+    )
     tensors = ((name, torch.ones(shape)) for name, shape in config.parameter_shapes().items())
     write_weights(tmp_path / "dense", config, tensors, torch.float32)
-    script = """
+    script = (
+        """
 import json, resource, sys
 from moe_train.convert.upcycle import upcycle
 from moe_train.checkpoint.weights import WeightsReader
@@ -173,10 +185,16 @@ upcycle(sys.argv[1], sys.argv[2] + "/warm", 2, 1)
 before = peak()
 upcycle(sys.argv[1], sys.argv[2] + "/out", %d, 2)
 print(json.dumps(peak() - before))
-""" % EXPERTS
+"""
+        % EXPERTS
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "dense"), str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(tmp_path / "dense"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     layer = 4 * EXPERTS * 3 * HIDDEN * FFN
     assert json.loads(done.stdout.splitlines()[-1]) < 2 * layer < LAYERS * layer / 6

@@ -13,13 +13,18 @@ from moe_train.training.router_alarms import SETTLED, RouterAlarms
 
 @pytest.fixture
 def coefficients():
-    """Of a model whose MLPs adapt and whose attention does not, on a rank that holds layer 1 of 2; and that layer's router."""
+    """Of a model whose MLPs adapt and whose attention does not, on a rank that holds layer 1 of 2; and that layer's
+    router."""
     from moe_train.training.adaptive import AdaptiveCoefficients
 
     adapting = {"load_balancing_coef": 0.004, "capacity_factor": 1.25, "adaptive": {"beta": 0.9}}
-    model = ModelConfig.model_validate({"num_layers": 2, "router": {"capacity_factor": 1.25}, "mlp": {"router": adapting}})
+    model = ModelConfig.model_validate(
+        {"num_layers": 2, "router": {"capacity_factor": 1.25}, "mlp": {"router": adapting}}
+    )
     routers = [SimpleNamespace(load_balancing_coef=0.01), SimpleNamespace(load_balancing_coef=0.004)]
-    layer = SimpleNamespace(index=1, attention=SimpleNamespace(router=routers[0]), mlp=SimpleNamespace(router=routers[1]))
+    layer = SimpleNamespace(
+        index=1, attention=SimpleNamespace(router=routers[0]), mlp=SimpleNamespace(router=routers[1])
+    )
     return AdaptiveCoefficients([SimpleNamespace(model_config=model, layers=[layer])]), *routers
 
 
@@ -29,7 +34,9 @@ def test_the_coefficient_follows_the_drop_rate(coefficients):
     assert adaptive.values == {"layers.0.mlp": 0.004, "layers.1.mlp": 0.004}
     rates = {"layers.0.attention": 1.0, "layers.1.attention": 1.0}
     adaptive.update({**rates, "layers.0.mlp": 0.02, "layers.1.mlp": 0.5})
-    assert adaptive.values == pytest.approx({"layers.0.mlp": 0.9 * 0.004 + 0.1 * 0.004, "layers.1.mlp": 0.9 * 0.004 + 0.1 * 0.01})
+    assert adaptive.values == pytest.approx(
+        {"layers.0.mlp": 0.9 * 0.004 + 0.1 * 0.004, "layers.1.mlp": 0.9 * 0.004 + 0.1 * 0.01}
+    )
     assert mlp.load_balancing_coef == adaptive.values["layers.1.mlp"] and attention.load_balancing_coef == 0.01
     for _ in range(300):
         adaptive.update({**rates, "layers.0.mlp": 0.0, "layers.1.mlp": 0.05})
