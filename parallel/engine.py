@@ -10,6 +10,8 @@ import importlib.metadata
 import os
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -92,14 +94,38 @@ def _form_groups(layout: Layout) -> None:
     from megatron.core import parallel_state
 
     virtual = layout.virtual_pipeline if (layout.virtual_pipeline or 1) > 1 else None
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-    )
+    with nullcontext() if use_cuda() else _one_group_for_the_same_ranks():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+
+
+@contextmanager
+def _one_group_for_the_same_ranks() -> Iterator[None]:
+    """Have megatron-core's groups of the same ranks, of which it forms more than ten, be one group.
+
+    Each gloo group has threads of its own that wake up a hundred times a second, and takes a rendezvous to form. On GPUs
+    every one keeps a communicator of its own, so that their communication can overlap.
+    """
+    formed: dict[tuple, dist.ProcessGroup] = {}
+    new_group = dist.new_group
+
+    def formed_once(ranks, *args, **kwargs):
+        key = tuple(ranks)
+        if key not in formed:
+            formed[key] = new_group(ranks, *args, **kwargs)
+        return formed[key]
+
+    dist.new_group = formed_once
+    try:
+        yield
+    finally:
+        dist.new_group = new_group
 
 
 def _dissolve_groups() -> None:
@@ -107,9 +133,9 @@ def _dissolve_groups() -> None:
     from megatron.core import parallel_state
 
     global _layout
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # None stands for the world
-            dist.destroy_process_group(group)
+    groups = parallel_state._global_process_group_list or ()
+    for group in {id(group): group for group in groups if group is not None}.values():  # None stands for the world
+        dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     _layout = None
 
