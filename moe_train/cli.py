@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated, List, Optional, Tuple
+from typing import Annotated, List, Optional
 
 import typer
 
 from launch.commands import app as launch_app
 from moe_train import __version__
+from moe_train.checkpoint.commands import Checkpoint, status
+from moe_train.checkpoint.commands import app as checkpoint_app
 from moe_train.errors import UserError
 from moe_train.plan.commands import app as plan_app
 
@@ -43,7 +45,6 @@ app = _app(
     """
 )
 tokenizer_app = _app("Make a tokenizer.")
-checkpoint_app = _app("List, verify and convert checkpoints.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(plan_app, name="plan")
@@ -54,12 +55,6 @@ Nproc = Annotated[
 ]
 Overrides = Annotated[
     Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")
-]
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), or what convert wrote."
-    ),
 ]
 
 
@@ -210,7 +205,7 @@ def prepare(
     from data_pipeline.prepare import prepare as write
     from data_pipeline.units import parse_count
 
-    return _status(
+    return status(
         write(
             inputs,
             out,
@@ -244,7 +239,7 @@ def tokenizer_train(
     """
     from data_pipeline.tokenizer import train_tokenizer
 
-    return _status(train_tokenizer(inputs, out, vocab_size=vocab_size, text_key=text_key))
+    return status(train_tokenizer(inputs, out, vocab_size=vocab_size, text_key=text_key))
 
 
 @app.command()
@@ -270,118 +265,6 @@ def mix(
     return show(path, as_json=as_json, history=history, against=against)
 
 
-@checkpoint_app.command("list")
-def checkpoint_list(
-    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
-) -> Optional[int]:
-    """List the checkpoints of a run.
-
-    \b
-    moe-train checkpoint list runs/demo
-    """
-    from moe_train.checkpoint.inspect import list_checkpoints
-
-    return _status(list_checkpoints(run, as_json))
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(
-    checkpoint: Checkpoint,
-    every: Annotated[bool, typer.Option("--all", help="Every checkpoint of a run's folder.")] = False,
-) -> Optional[int]:
-    """Check every file of a checkpoint by its manifest, and that it holds the whole model.
-
-    Ends with status 4 when one is damaged.
-
-    \b
-    moe-train checkpoint verify runs/demo/checkpoints/iter_0000100
-    moe-train checkpoint verify runs/demo --all
-    """
-    from moe_train.checkpoint.inspect import verify
-
-    return _status(verify(checkpoint, every))
-
-
-@checkpoint_app.command("convert")
-def checkpoint_convert(
-    from_hf: Annotated[
-        Optional[Tuple[str, str]],
-        typer.Option("--from-hf", metavar="DIR OUT", help="Read a Hugging Face folder."),
-    ] = None,
-    to_hf: Annotated[
-        Optional[Tuple[str, str]],
-        typer.Option("--to-hf", metavar="CHECKPOINT DIR", help="Write a Hugging Face folder."),
-    ] = None,
-    weights: Annotated[
-        Optional[Tuple[str, str]],
-        typer.Option("--weights", metavar="CHECKPOINT OUT", help="Keep the weights alone."),
-    ] = None,
-    precision: Annotated[
-        Optional[str], typer.Option("--precision", metavar="fp32|bf16", help="With --weights: in this precision.")
-    ] = None,
-) -> Optional[int]:
-    """Convert a JetMoE, Llama, Mixtral or OLMoE from or to Hugging Face's format, or keep the weights alone.
-
-    \b
-    moe-train checkpoint convert --from-hf jetmoe-8b converted
-    moe-train checkpoint convert --to-hf runs/demo exported
-    moe-train checkpoint convert --weights runs/demo weights --precision bf16
-    """
-    if sum(option is not None for option in (from_hf, to_hf, weights)) != 1:
-        raise UserError("give one of --from-hf DIR OUT, --to-hf CHECKPOINT DIR and --weights CHECKPOINT OUT")
-    if precision is not None and (weights is None or precision not in ("fp32", "bf16")):
-        raise UserError(f"--precision {precision}: with --weights, give fp32 or bf16")
-    if weights:
-        from moe_train.checkpoint.weights import extract_weights
-
-        return _status(extract_weights(*weights, precision))
-    from moe_train.convert import huggingface
-
-    return _status(huggingface.from_hf(*from_hf) if from_hf else huggingface.to_hf(*to_hf))  # type: ignore[misc]
-
-
-@checkpoint_app.command("upcycle")
-def checkpoint_upcycle(
-    dense: Annotated[
-        str, typer.Argument(metavar="DENSE", help="A checkpoint, a run's folder, or a Hugging Face folder of a dense model.")
-    ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The new checkpoint.")],
-    experts: Annotated[int, typer.Option("--experts", metavar="N", help="Copies of each MLP.")],
-    top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Experts that a token uses.")] = 2,
-    router_std: Annotated[
-        float, typer.Option("--router-std", metavar="S", help="Standard deviation of the new routers' weights.")
-    ] = 0.01,
-    noise: Annotated[
-        float, typer.Option("--noise", metavar="R", help="Noise on each copy, as a part of its weights' standard deviation.")
-    ] = 0.0,
-    reinitialize: Annotated[
-        float, typer.Option("--reinitialize", metavar="P", help="Part of each copy's hidden channels that is drawn anew.")
-    ] = 0.0,
-    router: Annotated[
-        Optional[List[str]],
-        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new model's `router`; may be given often."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the routers and of what is drawn.")] = 1234,
-    keep_optimizer: Annotated[
-        bool, typer.Option("--keep-optimizer", help="Carry over the optimizer's state and where the run stood.")
-    ] = False,
-) -> Optional[int]:
-    """Make a mixture of experts out of a dense model: each expert a copy of its MLP. It computes what the dense model does.
-
-    \b
-    moe-train checkpoint upcycle runs/dense upcycled --experts 8 --top-k 2
-    moe-train checkpoint upcycle llama-1b upcycled --experts 16 --router normalize_logits=true
-    """
-    from moe_train.convert.upcycle import read_router_keys, upcycle
-
-    return _status(
-        upcycle(
-            dense, out, experts, top_k, router_std, noise, reinitialize, seed, read_router_keys(router or []), keep_optimizer
-        )
-    )
-
-
 @app.command(context_settings=OVERRIDES)
 def score(
     checkpoint: Checkpoint,
@@ -402,7 +285,7 @@ def score(
     """
     from moe_train.inference.score import score as run
 
-    return _status(run(checkpoint, ids, out, nproc, _checked(overrides)))
+    return status(run(checkpoint, ids, out, nproc, _checked(overrides)))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -433,7 +316,7 @@ def generate(
     """
     from moe_train.inference.generate import generate as run
 
-    return _status(
+    return status(
         run(
             checkpoint,
             prompt,
@@ -464,11 +347,6 @@ def _no_such_option(text: str) -> UserError:
 
     known = ["--nproc", "--resume", "--dry-run", "--help"]
     return UserError(f"there is no option {text}; {suggestion(text, known, 'options')}")
-
-
-def _status(result: object) -> int | None:
-    """A function's result as exit status: an int is one, anything else (a report, a path) is success."""
-    return result if isinstance(result, int) and not isinstance(result, bool) else None
 
 
 def main(arguments: list[str] | None = None) -> int:
