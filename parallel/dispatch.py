@@ -108,8 +108,7 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
 
     def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> ExpertRows:
         """Tell every rank how many rows come. With expert parallelism the host waits for the numbers, which say how
-        large
-        what it receives is: the one synchronisation of a layer's half that dropless routing forces."""
+        large what it receives is: the one synchronisation of a layer's half that dropless routing forces."""
         chosen = torch.zeros(len(experts_tk), self.num_experts, dtype=torch.bool, device=experts_tk.device)
         chosen.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
         if self.ep_size == 1:
