@@ -23,7 +23,10 @@ def slurm():
     with ExitStack() as stack:
         try:
             install()
-            cluster = stack.enter_context(SlurmCluster(NODES))
+            try:
+                cluster = stack.enter_context(SlurmCluster(NODES))
+            except AssertionError:  # somebody took a port meanwhile
+                cluster = stack.enter_context(SlurmCluster(NODES))
         except (Unavailable, AssertionError, OSError, subprocess.SubprocessError) as reason:
             warnings.warn(f"NOTHING IS TESTED ON SLURM: {reason}", stacklevel=1)
             pytest.skip(f"NOTHING IS TESTED ON SLURM: {reason}")

@@ -7,6 +7,7 @@ processes of a node, which is how one loses power. Nothing of the machine's own 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -245,7 +246,7 @@ class SlurmCluster:
         (folder / "gres.conf").write_text(
             f"AutoDetect=off\nNodeName=node[1-{self.nodes}] Name=gpu Type=h100 File={folder}/dev/nvidia[0-7]\n"
         )
-        ports = [_free_port() for _ in range(self.nodes + 1)]
+        ports = _free_ports(self.nodes + 1)
         # Where this machine's name is 127.0.0.1 everything listens there alone; elsewhere srun would not be found if it did.
         try:
             local = socket.gethostbyname(host) == "127.0.0.1"
@@ -308,10 +309,16 @@ GresTypes=gpu
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody has, below the range from which the kernel gives some to anybody who connects."""
+    found: list[int] = []
+    for port in random.sample(range(11000, 19000), 2000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == count:
+            return found
+    raise Unavailable("this machine has no free ports")
 
 
 def _link(path: Path) -> str | None:
