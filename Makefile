@@ -15,13 +15,14 @@ MORE ?=
 # make test: what to run, e.g. TESTS=tests/data_pipeline
 TESTS ?= tests
 
-.PHONY: help install demo test clean distclean
+.PHONY: help install demo test test-py312 clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo              install, build corpora from this machine, train a small JetMoE on two processes, report"
 	@echo "make demo MORE=500K    go on with the complete run of the demo for so many more tokens"
 	@echo "make test              install what the tests need and run them (TESTS=tests/parallel for some of them)"
+	@echo "make test-py312        the same on Python 3.12 with torch $(TORCH312), a build with CUDA"
 	@echo "make install           only install, into .venv (then: . .venv/bin/activate; moe-train --help)"
 	@echo "make clean             remove what the demo built (build/demo) and its run (runs/demo), and caches"
 	@echo "make distclean         the same and .venv"
@@ -57,8 +58,23 @@ test: .venv/.installed-tests
 	$(PIP) install -e ".[export,test]" -c constraints.txt
 	@touch $@
 
+# The suite on Python 3.12 with the torch of NVIDIA's containers: a build with CUDA, gigabytes of it, whether or not there is a GPU.
+PYTHON312 ?= $(shell command -v python3.12)
+TORCH312 ?= 2.11.0
+
+test-py312: .venv-py312/.installed-tests
+	OMP_NUM_THREADS=1 .venv-py312/bin/python -m pytest $(TESTS)
+
+.venv-py312/.installed-tests: setup.py constraints.txt
+	@test -n "$(PYTHON312)" || { echo "no python3.12 found: install it, or name it with PYTHON312=/path/to/python3.12"; exit 2; }
+	$(PYTHON312) -m venv .venv-py312
+	grep -v '^torch==' constraints.txt > .venv-py312/constraints.txt
+	.venv-py312/bin/python -m pip --disable-pip-version-check --quiet install torch==$(TORCH312)
+	.venv-py312/bin/python -m pip --disable-pip-version-check --quiet install -e ".[export,test]" -c .venv-py312/constraints.txt
+	@touch $@
+
 clean:
 	rm -rf build/demo runs/demo .pytest_cache .hypothesis
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-py312

