@@ -15,7 +15,7 @@ VARIANTS = {
     "lambda 1": ["model.router.normalize_logits=true"],
     "lambda 2": ["model.router.normalize_logits=true", "model.router.logit_scale=2"],
 }
-SEEDS = (1,)
+SEEDS = (1, 2)
 TOKENS = 600 * 2048
 FIGURES = {
     "loss": "loss",
