@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from data_pipeline.units import format_count
 from moe_train.plan.fit_data import Run
 from moe_train.plan.fit_frontier import FrontierFit, budgets
 from moe_train.plan.fit_parametric import ParametricFit
@@ -21,6 +22,7 @@ def plot(
     """Write a PNG with three panels; a method without a fit is left out of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,15 +36,18 @@ def plot(
         ends = [losses.min(), losses.max()]
         against.plot(ends, ends, color="black", linewidth=0.8)
     against.set(xlabel="loss by the parametric law", ylabel="loss of the run", title="parametric fit")
-    for group in budgets(runs):
-        if len(group) >= 4:
-            profiles.scatter([run.params for run in group], [run.loss for run in group], s=12)
+    groups = [group for group in budgets(runs) if len(group) >= 4]
+    for number, group in enumerate(groups):
+        color, spent = f"C{number % 10}", group[0].flops
+        sizes = [run.params for run in group]
+        profiles.scatter(sizes, [run.loss for run in group], s=12, color=color, label=f"{spent:.2g} FLOPs")
     for profile in isoflop.profiles if isoflop else ():
+        nearest = min(range(len(groups)), key=lambda number: abs(np.log(groups[number][0].flops / profile.flops)))
         x = np.linspace(np.log(profile.params) - 1.2, np.log(profile.params) + 1.2, 60)
         c0, c1, c2 = profile.coefficients
-        profiles.plot(np.exp(x), c0 + c1 * x + c2 * x**2, linewidth=0.8, label=f"{profile.flops:.2g} FLOPs")
+        profiles.plot(np.exp(x), c0 + c1 * x + c2 * x**2, linewidth=0.8, color=f"C{nearest % 10}")
     profiles.set(xscale="log", xlabel="parameters", ylabel="loss", title="IsoFLOP profiles")
-    if isoflop:
+    if groups:
         profiles.legend(fontsize="x-small")
     span = np.geomspace(flops.min(), flops.max(), 50)
     fits = {"parametric": parametric.law.frontier if parametric else None}
@@ -59,4 +64,8 @@ def plot(
     )
     if frontier.get_legend_handles_labels()[0]:
         frontier.legend(fontsize="x-small")
+    for axis in (profiles.xaxis, frontier.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda size, _: format_count(size, 0)))
+        axis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=110, format="png")
