@@ -44,6 +44,7 @@ class WarmServer:
         """`moe-train ARGUMENTS` in ``folder``, running."""
         self._count += 1
         output = f"{self._said.name}/{self._count}"
+        Path(output).touch()  # it may be killed before it has opened it
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pid = self.ask(start=arguments, folder=str(folder), output=output, environment=environment)
         return WarmStart(self, pid, Path(output))
