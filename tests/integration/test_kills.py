@@ -1,4 +1,7 @@
-"""A run that is killed a hundred times, at any moment, ends as one that was not."""
+"""A run that is killed again and again, at any moment, ends as one that was not.
+
+25 times by default, which takes less than a minute; `KILLS=100 make test TESTS=tests/integration/test_kills.py` for a hundred.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tests.integration import runs
 from tests.integration.warm import WarmStart
 from tests.moe_train.checkpoint.test_save import assert_equal, contents
 
-KILLS = int(os.environ.get("KILLS", "100"))
+KILLS = int(os.environ.get("KILLS", "25"))
 STEPS = 40 + 3 * KILLS
 FIGURES = ("step", "tokens", "phase", "loss", "load_balancing_loss", "z_loss", "grad_norm", "lr")
 OPTIONS = (
@@ -114,7 +117,7 @@ def curve(run: Path) -> list[tuple]:
     return [tuple(line[name] for name in FIGURES) for line in runs.metrics(run)]
 
 
-def test_a_hundred_kills(tmp_path) -> None:
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(tmp_path) -> None:
     number = random.Random(7)
     steady, killed = tmp_path / "steady", tmp_path / "killed"
     prepare(tmp_path)
