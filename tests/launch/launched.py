@@ -46,7 +46,10 @@ class Launched:
 
     def lines(self, name: str) -> list[dict]:
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        whole, _, _ = path.read_text().rpartition("\n")  # what follows is being written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def jobs(self) -> list[str]:
         return [record["job"] for record in self.lines("launch/jobs.jsonl")]
