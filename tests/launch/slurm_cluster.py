@@ -163,10 +163,13 @@ class SlurmCluster:
 
     def resume(self) -> None:
         """Take back the nodes that the controller holds for down, whose slurmd answers."""
-        self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume", check=False)
-        self.wait(
-            lambda: not self.call("sinfo", "-h", "-N", "-t", "down,drain,fail,no_respond", "-o", "%N"), 60, "every node"
-        )
+
+        def back() -> bool:
+            # Again and again: one that answers only now is held for down afresh.
+            self.call("scontrol", "update", f"nodename=node[1-{self.nodes}]", "state=resume", check=False)
+            return not self.call("sinfo", "-h", "-N", "-t", "down,drain,fail,no_respond", "-o", "%N")
+
+        self.wait(back, 240, "every node")
 
     def power_off(self, name: str) -> None:
         """Kill everything that runs on a node, at once."""
