@@ -9,6 +9,8 @@ from parallel.layout import Layout
 
 
 class Setting(NamedTuple):
+    """An environment variable, the value that it gets unless it has one, and why."""
+
     name: str
     value: str
     reason: str

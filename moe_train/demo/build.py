@@ -79,7 +79,7 @@ def _inputs() -> str:
     this code."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(sys.version.encode() + metadata.version("sentencepiece").encode())
-    for name, path in corpora.library_files({*corpora.CODE_PACKAGES, *corpora.PROSE_PACKAGES}):
+    for name, path in corpora.package_files({*corpora.CODE_PACKAGES, *corpora.PROSE_PACKAGES}):
         digest.update(f"{name} {path.stat().st_size}\n".encode())
     for module in ("build.py", "corpora.py", "exercises.py"):
         digest.update(Path(__file__).with_name(module).read_bytes())

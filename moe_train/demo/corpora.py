@@ -74,14 +74,14 @@ def build_corpora(
 def _documents() -> dict[str, Iterator[str]]:
     """The documents of each source, lazily: no more files are read than the caps allow."""
     return {
-        "code": code_documents(library_files(CODE_PACKAGES)),
-        "prose": prose_documents(library_files(PROSE_PACKAGES)),
+        "code": code_documents(package_files(CODE_PACKAGES)),
+        "prose": prose_documents(package_files(PROSE_PACKAGES)),
         "reference": reference_documents(),
         "math": math_documents(seed=1234),
     }
 
 
-def library_files(packages: Iterable[str]) -> list[tuple[str, Path]]:
+def package_files(packages: Iterable[str]) -> list[tuple[str, Path]]:
     """(name, path) of the Python files of the standard library and of `packages`, in an order that mixes them
     all."""
     roots = {"": Path(sysconfig.get_path("stdlib"))}

@@ -10,9 +10,9 @@ from typing import Any
 from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.plan import shards
-from moe_train.plan.activations import Workload, dispatch_bytes, logits_bytes, stage_bytes
+from moe_train.plan.activations import dispatch_bytes, logits_bytes, stage_bytes
 from moe_train.plan.hardware import Constant, Hardware, load_hardware
-from moe_train.plan.memory import ELEMENT
+from moe_train.plan.memory import workload
 from moe_train.plan.quantities import gib, table
 from moe_train.plan.step_time import StepTime, model_flops_utilisation, step_time
 from parallel.errors import LayoutError
@@ -142,21 +142,14 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware) -> Candidate:
     """Memory and time of one layout with the config's micro-batch size and recomputation."""
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
-    work = Workload(
-        config.model,
-        shape,
-        config.mixture.sequence_length,
-        training.micro_batch_size,
-        ELEMENT[training.precision],
-        sharded,
-    )
+    work = workload(config, shape)
     count = training.global_batch_size // (training.micro_batch_size * shape.data)
     largest = [0, 0]
     first = None
     for stage in sorted({0, shape.pipeline - 1}):
         buffers = shards.buffers(config.model, shape, stage, sharded)
         first = first or buffers
-        owned = 8 if training.precision == "fp32" else 12
+        owned = (0 if training.precision == "fp32" else 4) + (0 if config.optimizer.offload else 8)
         state = sum(b.size * (work.element + 4) + b.size // b.ranks * owned for b, _ in buffers)
         if stage == shape.pipeline - 1:
             state += logits_bytes(work)

@@ -45,6 +45,19 @@ def state_bytes(
     }
 
 
+def workload(config: RunConfig, layout: Layout) -> Workload:
+    """One micro-batch of the run on one rank of `layout`."""
+    training = config.training
+    return Workload(
+        config.model,
+        layout,
+        config.mixture.sequence_length,
+        training.micro_batch_size,
+        ELEMENT[training.precision],
+        config.parallel.attention_experts == "sharded",
+    )
+
+
 PARTS = ("weights", "gradients", "optimizer", "activations", "dispatch", "logits")
 """What lies on the GPU at the peak; `snapshot` (of an asynchronous checkpoint) lies in the host's memory."""
 
@@ -54,14 +67,7 @@ def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool
     adds."""
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
-    work = Workload(
-        config.model,
-        layout,
-        config.mixture.sequence_length,
-        training.micro_batch_size,
-        ELEMENT[training.precision],
-        sharded,
-    )
+    work = workload(config, layout)
     count = training.global_batch_size // (training.micro_batch_size * layout.data)
     result = state_bytes(
         config.model, layout, place, training.precision, sharded_attention=sharded, overlap=overlap

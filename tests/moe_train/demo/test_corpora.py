@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read_as_python_are_left_out(tmp_path: Path) -> Non
 
 
 def test_a_python_without_sources_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "library_files", lambda packages: [])
+    monkeypatch.setattr(corpora, "package_files", lambda packages: [])
     with pytest.raises(UserError, match="'code'.*standard library") as error:
         corpora.build_corpora(tmp_path, CAPS)
     assert error.value.exit_code == 2
