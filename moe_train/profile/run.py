@@ -35,6 +35,8 @@ class StepProfile:
     """On a GPU the time of its kernels, on a CPU that of the operations, shares of `profiled_seconds`."""
     idle: float
     """What is left: on a GPU no kernel ran, on a CPU no operation did (Python between them, or waiting)."""
+    host_waits: dict[str, float]
+    """How often the host waits for the GPU, by operation and part; on a CPU the operations that would wait."""
     peak_memory: int
     """Bytes allocated at most on a GPU; the process's resident memory on a CPU."""
     tokens_per_second: float
@@ -97,32 +99,26 @@ def profile_steps(
 
     Args:
         speed: the Throughput that turns tokens and seconds into figures.
-        out: where each rank leaves its trace (chrome://tracing, perfetto); None: nowhere.
+        out: where each rank leaves its trace (chrome://tracing, perfetto) and the names of the costliest kernels; None: nowhere.
     """
     import torch
 
+    from moe_train.profile.operations import OWN, host_waits, write_costliest
     from moe_train.profile.parts import busy_time, named_parts, time_by_part
 
     gpu = topology.device.type == "cuda"
 
-    def timed() -> float:
-        _synchronize(gpu)
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        _synchronize(gpu)
-        return (time.perf_counter() - began) / steps
-
     for _ in range(2):
         step()
-    plain = timed()
+    plain = time_steps(step, steps, gpu)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
     with named_parts(), torch.profiler.profile(activities=activities) as recorded:
-        profiled = timed()
+        profiled = time_steps(step, steps, gpu, OWN)
+    events = recorded.events()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         _write_trace(recorded, out / f"trace_rank_{topology.rank:05d}.json.gz")
-    events = recorded.events()
+        write_costliest(events, gpu, steps, out / f"kernels_rank_{topology.rank:05d}.txt")
     parts = {name: spent / 1e6 / steps for name, spent in time_by_part(events, gpu).items()}
     busy = busy_time(events) / 1e6 / steps if gpu else sum(parts.values())
     figures = speed.measure(tokens_per_step, plain)
@@ -132,11 +128,29 @@ def profile_steps(
         profiled_seconds=profiled,
         parts=parts,
         idle=max(0.0, profiled - busy),
+        host_waits=host_waits(events, gpu, steps),
         peak_memory=peak_memory(gpu),
         tokens_per_second=figures["tokens_per_second"],
         tflops_per_gpu=figures["tflops_per_gpu"],
         mfu=figures["mfu"],
     )
+
+
+def time_steps(step: Callable[[], None], steps: int, gpu: bool, label: str = "steps") -> float:
+    """Seconds of one of ``steps`` calls of ``step``; waiting for the GPU before and after is in a profiler range ``label``."""
+    import torch
+
+    def wait() -> None:
+        if gpu:
+            with torch.profiler.record_function(label):
+                torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - began) / steps
 
 
 def render(result: StepProfile, world_size: int, out: str) -> str:
@@ -156,8 +170,11 @@ def render(result: StepProfile, world_size: int, out: str) -> str:
         f" {result.tokens_per_second:,.0f} tokens/s, {result.tflops_per_gpu:.4g} TFLOP/s a device"
         + (f", MFU {100 * result.mfu:.1f}%" if result.mfu is not None else "")
         + f"; peak memory {result.peak_memory / 2**30:.2f} GiB",
+        f"the host {'would wait for a GPU' if result.device == 'CPU' else 'waits for the GPU'}"
+        f" {sum(result.host_waits.values()):g} times a step: "
+        + ", ".join(f"{name} {count:g}" for name, count in result.host_waits.items()),
         "operations counted: matrix products of forward and backward, top_k experts, head; recomputation not",
-        f"traces, for chrome://tracing or ui.perfetto.dev: {out}/trace_rank_*.json.gz",
+        f"traces, for chrome://tracing or ui.perfetto.dev: {out}/trace_rank_*.json.gz; kernels by name: {out}/kernels_rank_*.txt",
     ]
     return "\n".join(lines)
 
@@ -178,13 +195,6 @@ def peak_memory(gpu: bool) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _synchronize(gpu: bool) -> None:
-    if gpu:
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def _write_trace(recorded, path: Path) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 
+from moe_train.profile.operations import costliest, host_waits, waiting_lines, write_costliest
 from moe_train.profile.parts import MEANING, busy_time, events_with_parts, named_parts, time_by_part
 from parallel.layout import Layout
 from tests.integration.runs import ROOT, write_corpora
@@ -58,6 +60,35 @@ def test_every_part_has_time_and_all_of_it_is_given_out(events):
     assert busy_time(recorded) == 0.0  # no GPU
 
 
+def test_no_part_of_the_model_has_the_host_wait(events):
+    """The loss is read once. AdamW's kernel for CPUs reads its count of steps, which on a GPU stays there."""
+    waits = host_waits(events[1], gpu=False, steps=1)
+    assert waits.pop("aten::item in other") == 1
+    assert waits and all(name.endswith("in optimizer") for name in waits), waits
+
+
+def test_operations_by_name(events, tmp_path):
+    rows = costliest(events[1], gpu=False, steps=2, count=5)
+    assert len(rows) == 5 and {"aten::mm", "aten::addmm_"} & {row["name"] for row in rows}
+    assert [row["milliseconds"] for row in rows] == sorted((row["milliseconds"] for row in rows), reverse=True)
+    everything = costliest(events[1], gpu=False, steps=2, count=10**6)
+    assert not any(row["name"].startswith("part: ") for row in everything)
+    calls = {row["name"]: row["calls"] for row in everything}
+    assert calls["aten::mm"] == sum(event.name == "aten::mm" for event in events[1]) / 2
+    write_costliest(events[1], False, 2, tmp_path / "kernels.txt")
+    assert rows[0]["name"] in (tmp_path / "kernels.txt").read_text().splitlines()[1]
+
+
+def test_lines_that_wait_are_named():
+    def step():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    (line,) = waiting_lines(step, ROOT)
+    assert line.startswith("tests/moe_train/profile/test_profile.py:") and waiting_lines(step, ROOT)[line] == 3
+
+
 def test_training_is_as_it_was_afterwards():
     from moe_train.model.router import Router
 
@@ -83,6 +114,8 @@ def test_the_command(tmp_path):
     assert result["tokens_per_second"] == pytest.approx(64 / result["step_seconds"])
     assert sum(result["parts"].values()) + result["idle"] == pytest.approx(result["profiled_seconds"], rel=0.2)
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
+        "kernels_rank_00000.txt",
+        "kernels_rank_00001.txt",
         "profile.json",
         "trace_rank_00000.json.gz",
         "trace_rank_00001.json.gz",
