@@ -3,7 +3,8 @@
 megatron-core's all-to-all dispatcher counts, splits, exchanges and sorts; what is ours is the local permutation on
 either side of the exchange. A (token, slot) pair is a row of its own that comes back unsummed, because mixture-of-
 attention needs the query of every slot separately; gates are applied at home. One plan, made from the router's choice,
-serves every trip of a layer. A pair may be left out: it is not sent, and comes back as a row of zeros.
+serves every trip of a layer. A pair may be left out: it is not sent, and comes back as a row of zeros. Where matrix
+products want a multiple of rows (FP8: 16), the sender adds rows of zeros for each expert, which are nobody's pair.
 
 Rows are moved by gathers in both directions: the backward of a gather by a permutation is the gather by its inverse,
 which unlike a scatter-add is deterministic on a GPU and fast on a CPU.
@@ -43,40 +44,62 @@ class RoutingPlan:
 
     Attributes:
         rows: how many rows each expert of this rank receives.
-        order: ``[P]`` the pair (token * k + slot) at each position once the P pairs that are sent are sorted by expert.
-        inverse: ``[T * k]`` the position of each pair; P for one that is left out.
+        order: ``[R]`` the pair (token * k + slot) of each row that is sent, sorted by expert; T * k where it is nobody's.
+        inverse: ``[T * k]`` the row of each pair; R for one that is left out.
     """
 
     def __init__(self, dispatcher: "ExpertDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
         self._dispatcher = dispatcher
-        self.top_k = experts_tk.shape[1]
-        pairs = experts_tk.reshape(-1)
-        if sent_tk is None:
-            self.order = torch.argsort(pairs, stable=True)
-            self.inverse = torch.empty_like(self.order)
-        else:
-            left_out_last = pairs.masked_fill(~sent_tk.reshape(-1), dispatcher.num_experts)
-            self.order = torch.argsort(left_out_last, stable=True)[: int(sent_tk.sum())]
-            self.inverse = torch.full_like(pairs, len(self.order))
-        self.inverse[self.order] = torch.arange(len(self.order), device=pairs.device)
-        self.rows = dispatcher.exchange_counts(experts_tk, sent_tk)
+        tokens, self.top_k = experts_tk.shape
+        self._left_out, self._filled = sent_tk is not None, dispatcher.row_multiple > 1
+        experts, pairs = dispatcher.num_experts, experts_tk.numel()
+        chosen_te = torch.zeros(tokens, experts, dtype=torch.bool, device=experts_tk.device)
+        chosen_te.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
+        key_p = experts_tk.reshape(-1)
+        if self._left_out:
+            key_p = key_p.masked_fill(~sent_tk.reshape(-1), experts)
+        if self._filled:
+            filler_fe = _fillers(chosen_te.sum(0), dispatcher.row_multiple)
+            chosen_te = torch.cat([chosen_te, filler_fe])
+            each = torch.arange(experts, device=key_p.device)
+            key_p = torch.cat([key_p, each.where(filler_fe, experts).reshape(-1)])
+        self.rows = dispatcher.exchange_counts(chosen_te)
+        sent = dispatcher.rows_sent(self.rows) if self._left_out or self._filled else pairs
+        order = torch.argsort(key_p, stable=True)  # what is not sent comes last
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        self.order, self.inverse = order[:sent], inverse[:pairs]
+        if self._left_out:
+            self.inverse = self.inverse.clamp(max=sent)
+        if self._filled:
+            self.order = self.order.clamp(max=pairs)
 
     def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
-        return self._dispatcher.send(_GatherTokens.apply(x_th, self.order, self.inverse, self.top_k))
+        rows = _GatherTokens.apply(x_th, self.order, self.inverse, self.top_k, self._filled, self._left_out)
+        return self._dispatcher.send(rows)
 
     def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
         """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
-        return self._dispatcher.send(_Permute.apply(x_tkd.flatten(0, 1), self.order, self.inverse))
+        rows = _Permute.apply(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
+        return self._dispatcher.send(rows)
 
     def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
-        pairs = _Permute.apply(self._dispatcher.send_back(rows), self.inverse, self.order)
+        answers = self._dispatcher.send_back(rows)
+        pairs = _Permute.apply(answers, self.inverse, self.order, self._left_out, self._filled)
         return pairs.unflatten(0, (-1, self.top_k))
 
     def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> torch.Tensor:
         """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
-        return _WeightedSum.apply(self._dispatcher.send_back(rows), gates_tk, self.order, self.inverse)
+        answers = self._dispatcher.send_back(rows)
+        return _WeightedSum.apply(answers, gates_tk, self.order, self.inverse, self._filled, self._left_out)
+
+
+def _fillers(count_e: torch.Tensor, multiple: int) -> torch.Tensor:
+    """``[multiple - 1, E]``: as many true in each column as that expert lacks to a multiple of rows."""
+    missing_e = -count_e % multiple
+    return torch.arange(multiple - 1, device=count_e.device).unsqueeze(1) < missing_e
 
 
 class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
@@ -87,9 +110,11 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         config: the engine's TransformerConfig.
         topology: this rank's place.
         sharded: whether the experts are split over the expert-parallel ranks, or whole on every rank.
+        row_multiple: what the rows of each expert are a multiple of.
     """
 
-    def __init__(self, num_experts: int, config, topology: Topology, sharded: bool = True):
+    def __init__(self, num_experts: int, config, topology: Topology, sharded: bool = True, row_multiple: int = 1):
+        self.row_multiple = row_multiple
         groups = topology.groups
         if not sharded:
             groups = ProcessGroupCollection()
@@ -106,20 +131,23 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         pairs are sent, None: all. Exchanges the counts."""
         return RoutingPlan(self, experts_tk, sent_tk)
 
-    def exchange_counts(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None) -> ExpertRows:
-        """Tell every rank how many rows come. With expert parallelism the host waits for the numbers, which say how
-        large what it receives is: the one synchronisation of a layer's half that dropless routing forces."""
-        chosen = torch.zeros(len(experts_tk), self.num_experts, dtype=torch.bool, device=experts_tk.device)
-        chosen.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
+    def exchange_counts(self, chosen_re: torch.Tensor) -> ExpertRows:
+        """Tell every rank how many rows come, from which row goes to which expert. With expert parallelism the host waits
+        for the numbers, which say how large what it receives is: the one synchronisation of a layer's half that dropless
+        routing forces."""
         if self.ep_size == 1:
-            return ExpertRows(chosen.sum(0))
-        self.tokens_per_expert = self.preprocess(chosen)
+            return ExpertRows(chosen_re.sum(0))
+        self.tokens_per_expert = self.preprocess(chosen_re)
         rows = ExpertRows(self.tokens_per_expert)
         for point in ("before_permutation_1", "before_ep_alltoall", "before_permutation_2", "before_finish"):
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
         # One trip's state may be overwritten by the next layer's before its backward runs: autograd keeps the splits.
         rows.counts = self.tokens_per_expert.tolist()
         return rows
+
+    def rows_sent(self, received: ExpertRows) -> int:
+        """How many rows this rank sends, once the counts are exchanged; alone it waits for the device."""
+        return sum(received.counts) if self.ep_size == 1 else int(sum(self.input_splits))
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows sorted by global expert to rows of this rank's experts, sorted by local expert."""
@@ -134,55 +162,56 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         return rows if self.ep_size == 1 else self.token_combine(self.combine_preprocess(rows))
 
 
-def _with_zero_row(rows: torch.Tensor, places: int) -> torch.Tensor:
-    """``rows``, and a row of zeros where pairs that were left out look, which are those of ``places`` that have no
-    row."""
-    return rows if len(rows) == places else F.pad(rows, (0, 0, 0, 1))
+def _take(rows: torch.Tensor, index: torch.Tensor, some_nobody: bool) -> torch.Tensor:
+    """``rows[index]``; where there may be an index of ``len(rows)``, which stands for nobody, a row of zeros for it."""
+    return (F.pad(rows, (0, 0, 0, 1)) if some_nobody else rows).index_select(0, index)
 
 
 class _GatherTokens(torch.autograd.Function):
     """Row p of the result is token ``order[p] // k``."""
 
     @staticmethod
-    def forward(ctx, x_th, order, inverse, top_k):
+    def forward(ctx, x_th, order, inverse, top_k, filled, left_out):
         ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x_th.index_select(0, order if top_k == 1 else order // top_k)
+        ctx.top_k, ctx.left_out = top_k, left_out
+        return _take(x_th, order if top_k == 1 else order // top_k, filled)
 
     @staticmethod
     def backward(ctx, grad_rows):
         (inverse,) = ctx.saved_tensors
-        grad_rows = _with_zero_row(grad_rows, len(inverse))
+        if ctx.left_out:
+            grad_rows = F.pad(grad_rows, (0, 0, 0, 1))
         slots = inverse.view(-1, ctx.top_k)
         grad = grad_rows.index_select(0, slots[:, 0])
         for slot in range(1, ctx.top_k):
             grad += grad_rows.index_select(0, slots[:, slot])
-        return grad, None, None, None
+        return grad, None, None, None, None, None
 
 
 class _Permute(torch.autograd.Function):
-    """Row p of the result is row ``order[p]``; ``inverse`` undoes it. There are as many ``pairs`` as rows on one side;
-    on the other those that were left out are missing, and come back as zeros."""
+    """Row p of the result is row ``index[p]``; ``back`` is the index of the way back. Each may point to nobody."""
 
     @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(inverse)
-        ctx.pairs = max(len(order), len(inverse))
-        return _with_zero_row(rows, ctx.pairs).index_select(0, order)
+    def forward(ctx, rows, index, back, some_nobody, some_nobody_back):
+        ctx.save_for_backward(back)
+        ctx.some_nobody = some_nobody_back
+        return _take(rows, index, some_nobody)
 
     @staticmethod
     def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return _with_zero_row(grad, ctx.pairs).index_select(0, inverse), None, None
+        (back,) = ctx.saved_tensors
+        return _take(grad, back, ctx.some_nobody), None, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     """``sum_s gate[t, s] * rows[inverse[t * k + s]]`` without a ``[T, k, H]`` tensor."""
 
     @staticmethod
-    def forward(ctx, rows, gates_tk, order, inverse):
+    def forward(ctx, rows, gates_tk, order, inverse, filled, left_out):
         ctx.save_for_backward(rows, gates_tk, order, inverse)
-        rows = _with_zero_row(rows, len(inverse))
+        ctx.filled, ctx.left_out = filled, left_out
+        if left_out:
+            rows = F.pad(rows, (0, 0, 0, 1))
         slots = inverse.view(gates_tk.shape)
         out = rows.index_select(0, slots[:, 0]).mul_(gates_tk[:, :1])
         for slot in range(1, gates_tk.shape[1]):
@@ -192,9 +221,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_th):
         rows, gates_tk, order, inverse = ctx.saved_tensors
-        top_k = gates_tk.shape[1]
-        grad_rows = grad_th.index_select(0, order // top_k)
-        grad_gates = torch.linalg.vecdot(grad_rows, rows)
-        grad_gates = _with_zero_row(grad_gates.unsqueeze(1), len(inverse)).index_select(0, inverse).view_as(gates_tk)
-        grad_rows.mul_(gates_tk.reshape(-1, 1).index_select(0, order))
-        return grad_rows, grad_gates, None, None
+        grad_rows = _take(grad_th, order // gates_tk.shape[1], ctx.filled)
+        grad_gates = torch.linalg.vecdot(grad_rows, rows).unsqueeze(1)
+        grad_gates = _take(grad_gates, inverse, ctx.left_out).view_as(gates_tk)
+        grad_rows.mul_(_take(gates_tk.reshape(-1, 1), order, ctx.filled))
+        return grad_rows, grad_gates, None, None, None, None

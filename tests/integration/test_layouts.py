@@ -97,6 +97,11 @@ def test_nor_does_what_the_routers_do(ranks, name, layout):
         assert last["routers"][name]["max1_over_max2"] == pytest.approx(figures["max1_over_max2"], rel=1e-3)
 
 
+def test_nor_where_the_rows_of_experts_are_filled_up(ranks, one_rank):
+    curve = ranks(2).run("tests.steps_on_ranks:train", {"tensor": 2, "expert": 2}, steps=4, row_multiple=16)[0]
+    assert_same_curve(curve, one_rank[:4], "rows in multiples of 16")
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
 def test_nor_where_documents_are_kept_apart(ranks, layout):
     whole, apart = (

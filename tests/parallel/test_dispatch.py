@@ -20,8 +20,7 @@ def topology():
     engine.stop()
 
 
-@pytest.fixture(scope="module")
-def dispatcher(topology):
+def new_dispatcher(topology, row_multiple: int = 1):
     from megatron.core.transformer import TransformerConfig
 
     from parallel.dispatch import ExpertDispatcher
@@ -34,7 +33,12 @@ def dispatcher(topology):
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
     )
-    return ExpertDispatcher(EXPERTS, engine, topology)
+    return ExpertDispatcher(EXPERTS, engine, topology, row_multiple=row_multiple)
+
+
+@pytest.fixture(scope="module")
+def dispatcher(topology):
+    return new_dispatcher(topology)
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -129,3 +133,36 @@ def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
             assert torch.autograd.gradcheck(trip, inputs)
         else:
             assert torch.equal(trip(*inputs), torch.zeros_like(trip(*inputs)))
+
+
+@pytest.mark.parametrize("multiple", [4, 16])
+@pytest.mark.parametrize("some_left_out", [False, True])
+def test_rows_are_filled_up_with_zeros_that_are_nobodys(topology, multiple, some_left_out):
+    generator = torch.Generator().manual_seed(6)
+    experts = torch.rand(TOKENS, EXPERTS, generator=generator).topk(2).indices
+    sent = torch.rand(TOKENS, 2, generator=generator) < 0.7 if some_left_out else torch.ones(TOKENS, 2, dtype=bool)
+    plan = new_dispatcher(topology, multiple).plan(experts, sent if some_left_out else None)
+    pairs = [pair for pair in pairs_by_expert(experts) if sent[pair]]
+    counts = [sum(int(experts[pair]) == expert for pair in pairs) for expert in range(EXPERTS)]
+    assert plan.rows.counts == [-(-count // multiple) * multiple for count in counts]
+    real = torch.cat([torch.arange(padded) < count for padded, count in zip(plan.rows.counts, counts)])
+
+    x, x_tkd, gates = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH), draw(TOKENS, 2)
+    rows = plan.dispatch_tokens(x)
+    assert torch.equal(rows[real], x[[token for token, _ in pairs]]) and not rows[~real].any()
+    rows = plan.dispatch_pairs(x_tkd)
+    assert torch.equal(rows[real], x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
+    assert not rows[~real].any()
+    assert torch.equal(plan.collect_pairs(rows), x_tkd * sent[..., None])
+    answers = draw(len(real), WIDTH)  # of experts with a bias, say: what they make of zeros is nobody's either
+    expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
+    for row, (token, slot) in zip(answers[real], pairs):
+        expected[token] += gates[token, slot] * row
+    torch.testing.assert_close(plan.collect_weighted(answers, gates), expected, atol=1e-12, rtol=0)
+    for trip, inputs in (
+        (plan.dispatch_tokens, (x,)),
+        (plan.dispatch_pairs, (x_tkd,)),
+        (plan.collect_pairs, (answers,)),
+        (plan.collect_weighted, (answers, gates)),
+    ):
+        assert torch.autograd.gradcheck(trip, tuple(value.detach().requires_grad_() for value in inputs))
