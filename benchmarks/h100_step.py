@@ -1,67 +1,215 @@
 """One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their optimizer.
 
-    python benchmarks/h100_step.py                                       bf16, 4096 tokens, learned and balanced routing
-    python benchmarks/h100_step.py --recompute selective --micro-batch-size 2
-    python benchmarks/h100_step.py --model bench_60m --layers 1 --sequence-length 128     tries the script on a CPU
+    python benchmarks/h100_step.py --out profiles                        everything, 4096 tokens, 4 micro-batches of 1
+    python benchmarks/h100_step.py --only ours,ours-fp8-blockwise,megatron-te --rounds 3
+    python benchmarks/h100_step.py --quick                               2 steps of each, without the profiler
+    python benchmarks/h100_step.py --model bench_60m --layers 1 --sequence-length 128 --steps 1     tries it on a CPU
 
-Prints one JSON line: for either routing tokens/s, TFLOP/s, the part of the device's peak (MFU), peak memory, and the milliseconds of each
-part of a step (`moe-train profile` says what they are). ``learned`` is the router as it comes out of its first weights; ``balanced``
-sends every expert as many tokens, in turn, with the same gates. ``fitted`` are the layers that the memory planner finds room
-for. One rank stands for the dense part of a run without tensor parallelism; nothing is sent between GPUs.
+Contestants, each in a process of its own, one after the other, with the same layers and the same batch:
+
+    ours                    this project in bf16, with torch's kernels
+    ours-te                 the same with Transformer Engine's
+    ours-fp8-RECIPE         Transformer Engine's in FP8: delayed, tensorwise, blockwise, mxfp8
+    ours-share, ours-te-share, ours-fp8-RECIPE-share
+                            what one of 8 expert-parallel ranks computes, with synthetic peers: see `contestants.ours` for what of it is
+                            measured and what is not
+    huggingface-sdpa, huggingface-eager     transformers' JetMoE with torch's AdamW (all of it in bf16)
+    megatron-local, megatron-te             megatron-core's GPTModel of the same size, with grouped-query attention
+
+One that fails or does not fit has ``error`` in its entry, and the others go on. ``learned`` is the routing that comes out of the first
+weights, ``balanced`` gives every expert as many tokens, in turn; a contestant takes the two alternately, ``--blocks`` times. ``--rounds``
+goes through all contestants again, so that a change of the GPU's clocks meets all of them.
+
+Prints one JSON line: for every contestant and routing the median seconds of a step, tokens/s, TFLOP/s, the part of the device's dense bf16
+peak (MFU, for FP8 too), peak memory, milliseconds of each part of a step (`moe-train profile` says what they are; other programs
+have `other` and `idle`), how often the host waits for the GPU, by operation and by line of Python; ``ratios`` are tokens/s over those of
+the first contestant with the same routing. ``--out`` gets a trace of each, and its kernels by name with their time. Progress is on stderr.
 """
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
+import platform
+import statistics
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-ROOM = 0.9
-"""Of the GPU's memory, for what the planner counts; the rest is for NCCL, cuBLAS and fragmentation."""
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+OURS = ("ours", "ours-te", *(f"ours-fp8-{recipe}" for recipe in RECIPES))
+CONTESTANTS = (
+    *OURS,
+    *(f"{name}-share" for name in OURS),
+    "huggingface-sdpa",
+    "huggingface-eager",
+    "megatron-local",
+    "megatron-te",
+)
+ROOM = 0.85
+"""Of the GPU's memory, for what the planner counts of ours; the rest is for others, cuBLAS and fragmentation."""
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c")
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
     parser.add_argument("--layers", type=int, help="instead of as many as fit")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", help="a folder for the traces")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all that is not FP8")
+    parser.add_argument("--steps", type=int, default=5, help="of a block")
+    parser.add_argument("--blocks", type=int, default=3, help="of each routing, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="through all contestants")
+    parser.add_argument("--limit", type=float, default=240, help="seconds after which a contestant is given up")
+    parser.add_argument("--quick", action="store_true", help="one block of 2 steps, no profile")
+    parser.add_argument("--out", help="a folder for traces and kernels")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.only if name not in CONTESTANTS]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: there is none of that name; there are {', '.join(CONTESTANTS)}")
+    if arguments.quick:
+        arguments.steps, arguments.blocks = min(arguments.steps, 2), 1
+    return arguments
 
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        answer_as_child(arguments)
+        return
+    machine = in_child("machine", [], 120)
+    if "error" in machine:
+        raise SystemExit(machine["error"])
+    layers = ["--layers", str(machine["layers"])]
+    results: dict[str, dict[str, Any]] = {}
+    for number in range(arguments.rounds):
+        for name in arguments.only:
+            began = time.monotonic()
+            print(f"{name}: ", end="", file=sys.stderr, flush=True)
+            one = in_child(name, layers, arguments.limit)
+            if number == 0:
+                results[name] = one
+            else:
+                merge(results[name], one)
+            said = one.get("error") or ", ".join(f"{kind} {min(each['seconds']):.4g} s a step" for kind, each in routings(one))
+            print(f"{said} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+    for result in results.values():
+        finish(result, arguments)
+    print(json.dumps({**machine, "contestants": results, "ratios": ratios(results)}))
+
+
+# ---- the parent: starts one child at a time, which has the GPU to itself
+
+
+def in_child(name: str, more: list[str], limit: float) -> dict[str, Any]:
+    """What ``name`` answers in a process of its own; ``error`` where it fails, dies or takes longer than ``limit`` seconds."""
+    command = [sys.executable, __file__, *sys.argv[1:], *more, "--child", name]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {limit:g} s"}
+    try:
+        return json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        last = done.stderr.strip().rpartition("\n")[2]
+        return {"error": f"ended with status {done.returncode}: {last}"}
+
+
+def routings(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The measured routings of a contestant; none where it failed."""
+    return [(kind, result[kind]) for kind in ("learned", "balanced") if kind in result]
+
+
+def merge(result: dict[str, Any], later: dict[str, Any]) -> None:
+    """Add a later round's times; what else was found out stays the first round's."""
+    if "error" in later:
+        result.setdefault("error", later["error"])
+    for kind, measured in routings(later):
+        if kind in result:
+            result[kind]["seconds"] += measured["seconds"]
+
+
+def finish(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """From times to the figures that are compared."""
+    from moe_train.training.throughput import Throughput
+
+    for _, measured in routings(result):
+        speed = Throughput(result["flops_per_token"], 1, result["device"])
+        tokens = arguments.micro_batches * arguments.micro_batch_size * arguments.sequence_length
+        measured.update(speed.measure(tokens, statistics.median(measured["seconds"])))
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Tokens/s over those of the first contestant that has this routing."""
+    answer: dict[str, dict[str, float]] = {}
+    for kind in ("learned", "balanced"):
+        rates = {name: result[kind]["tokens_per_second"] for name, result in results.items() if kind in result}
+        for name, rate in rates.items():
+            answer.setdefault(name, {})[kind] = round(rate / next(iter(rates.values())), 4)
+    return answer
+
+
+# ---- a child
+
+
+def answer_as_child(arguments: argparse.Namespace) -> None:
+    """Print one line: what was found, or the error's first line."""
+    try:
+        answer = describe(arguments) if arguments.child == "machine" else measure(arguments.child, arguments)
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        answer = {"error": f"{type(error).__name__}: {lines[0]}"}
+    print("\n" + json.dumps(answer), flush=True)
+
+
+def describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the versions, and the slice that is measured."""
     import torch
 
     from moe_train.config import load_model
+    from moe_train.profile.run import device_name
 
     whole = load_model(arguments.model)
     layers = arguments.layers or fitted_layers(whole, arguments)
-    model = whole.model_copy(update={"num_layers": layers})
-    result = {
+    return {
         "benchmark": "h100_step",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(torch.cuda.is_available()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{name: version(name) for name in ("transformer-engine", "megatron-core", "transformers")},
+        },
         "model": arguments.model,
         "layers": layers,
-        "parameters": model.num_parameters(),
+        "parameters": whole.model_copy(update={"num_layers": layers}).num_parameters(),
         "batch": [arguments.micro_batches, arguments.micro_batch_size, arguments.sequence_length],
         "precision": arguments.precision,
         "recompute": arguments.recompute,
+        "steps": [arguments.rounds, arguments.blocks, arguments.steps],
     }
-    for routing in ("learned", "balanced"):
-        with balanced_routing() if routing == "balanced" else nullcontext():
-            out = Path(arguments.out) / routing if arguments.out else None
-            result[routing] = measure(model, arguments, out)
-    print(json.dumps(result))
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def fitted_layers(model, arguments: argparse.Namespace) -> int:
@@ -88,65 +236,77 @@ def fitted_layers(model, arguments: argparse.Namespace) -> int:
     raise SystemExit("not one layer fits: give --recompute full or a smaller --sequence-length")
 
 
-def measure(model, arguments: argparse.Namespace, out: Path | None) -> dict:
-    """Build the slice, take steps on random tokens, and let go of it."""
-    import gc
+def prepare(name: str, model, arguments: argparse.Namespace):
+    """Build a contestant. Raises `contestants.Unavailable`, or whatever the program raises."""
+    from contestants import ours
 
+    program, _, rest = name.partition("-")
+    batch = (arguments.micro_batches, arguments.micro_batch_size, arguments.sequence_length)
+    if program == "ours":
+        kernels = rest.removesuffix("share").rstrip("-") or "torch"
+        return ours(model, kernels, batch, arguments.precision, arguments.recompute, rest.endswith("share"))
+    from rivals import huggingface, megatron
+
+    if program == "huggingface":
+        return huggingface(model, rest, arguments.precision)
+    return megatron(model, rest, batch, arguments.precision, arguments.recompute)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build one contestant and take its steps on random tokens, the routings in turn."""
     import torch
 
-    from moe_train.profile.run import device_name, profile_steps
-    from moe_train.training.config import OptimizerConfig
-    from moe_train.training.throughput import Throughput
-    from parallel import engine
-    from parallel.layout import Layout
+    from moe_train.config import load_model
+    from moe_train.profile.run import device_name, time_steps
 
-    topology = engine.start(Layout(1, 1, 1, None, 1, 1), seed=1)
-    from moe_train.model.build import DTYPES, build_model
-    from moe_train.model.options import ModelOptions
-    from moe_train.training.optimizer import Optimizer, wrap_data_parallel
-    from moe_train.training.step import Stepper
-
-    options = ModelOptions(dtype=DTYPES[arguments.precision], recompute=arguments.recompute)
-    wrapped = wrap_data_parallel(build_model(model, topology, options), overlap=topology.device.type == "cuda")
-    optimizer = Optimizer(wrapped, OptimizerConfig(), bf16=arguments.precision == "bf16")
-    stepper = Stepper(wrapped, topology, arguments.sequence_length, arguments.micro_batch_size)
+    model = load_model(arguments.model).model_copy(update={"num_layers": arguments.layers})
+    gpu = torch.cuda.is_available()
+    contestant = prepare(name, model, arguments)
     shape = (arguments.micro_batches, arguments.micro_batch_size, arguments.sequence_length + 1)
-    windows = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(topology.device)
+    windows = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to("cuda" if gpu else "cpu")
 
     def step() -> None:
-        optimizer.zero_grad()
-        stepper.train(list(windows))
-        optimizer.update(1e-6, optimizer.gradient_norm())
+        contestant.step(windows)
 
-    speed = Throughput(model.flops_per_token(arguments.sequence_length), 1, device_name(topology))
-    tokens = windows.numel() // (arguments.sequence_length + 1) * arguments.sequence_length
-    figures = asdict(profile_steps(step, arguments.steps, topology, speed, tokens, out))
-    del wrapped, optimizer, stepper
-    gc.collect()
-    engine.stop()
-    parts = {**figures.pop("parts"), "idle": figures.pop("idle")}
-    return {**figures, "milliseconds": {name: round(1e3 * seconds, 2) for name, seconds in parts.items()}}
+    measured: dict[str, dict[str, Any]] = {kind: {"seconds": []} for kind in contestant.routings}
+    for block in range(arguments.blocks):
+        for kind, found in measured.items():
+            with contestant.balanced() if kind == "balanced" else nullcontext():
+                if block == 0:
+                    step(), step()  # allocations, compilation, the choice of kernels
+                    if gpu:
+                        torch.cuda.reset_peak_memory_stats()
+                found["seconds"].append(time_steps(step, arguments.steps, gpu))
+                if block == 0:
+                    found["peak_memory"] = torch.cuda.max_memory_allocated() if gpu else None
+    if not arguments.quick:
+        for kind, found in measured.items():
+            with contestant.balanced() if kind == "balanced" else nullcontext():
+                found.update(look_inside(step, f"{name}-{kind}", arguments))
+    return {
+        "device": device_name(gpu),
+        "parameters": contestant.parameters,
+        "flops_per_token": contestant.model.flops_per_token(arguments.sequence_length),
+        **measured,
+    }
 
 
-@contextmanager
-def balanced_routing() -> Iterator[None]:
-    """Every expert as many tokens: slot j of token t goes to expert ``(t * k + j) mod E``, with the gates that the router gave."""
+def look_inside(step, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the parts of a step, and where the host waits; traces and kernels go to ``--out``."""
     import torch
 
-    from moe_train.model.router import Router
+    from moe_train.profile.operations import waiting_lines
+    from moe_train.profile.run import record_steps
 
-    route = Router.forward
-
-    def in_turn(router, x_th, tokens):
-        gates_tk, experts_tk, sent_tk = route(router, x_th, tokens)
-        pairs = torch.arange(experts_tk.numel(), device=experts_tk.device).view_as(experts_tk)
-        return gates_tk, pairs % router.num_experts, sent_tk
-
-    Router.forward = in_turn
-    try:
-        yield
-    finally:
-        Router.forward = route
+    lines = waiting_lines(step, ROOT)
+    out = Path(arguments.out) / name if arguments.out else None
+    found = record_steps(step, min(2, arguments.steps), torch.cuda.is_available(), out)
+    milliseconds = {**found.parts, "idle": found.idle}
+    return {
+        "milliseconds": {part: round(1e3 * seconds, 3) for part, seconds in milliseconds.items() if seconds},
+        "host_waits": found.host_waits,
+        "waiting_lines": lines,
+    }
 
 
 if __name__ == "__main__":

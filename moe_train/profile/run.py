@@ -82,7 +82,7 @@ def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) ->
         trainer.stepper.train(trainer.read_micro_batches())
         trainer.optimizer.update(run.optimizer.lr * 1e-3, trainer.optimizer.gradient_norm())
 
-    speed = Throughput(run.model.flops_per_token(run.mixture.sequence_length), layout.world_size, device_name(topology))
+    speed = Throughput(run.model.flops_per_token(run.mixture.sequence_length), layout.world_size, device_name(topology.device.type == "cuda"))
     result = profile_steps(step, steps, topology, speed, run.tokens_per_step, Path(out))
     trainer.close()
     if topology.rank == 0:
@@ -93,47 +93,60 @@ def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) ->
 
 
 def profile_steps(
-    step: Callable[[], None], steps: int, topology: Topology, speed, tokens_per_step: int, out: Path | None
+    step: Callable[[], None], steps: int, topology: Topology, speed, tokens_per_step: int, out: Path
 ) -> StepProfile:
-    """Time ``steps`` calls of ``step`` after two to warm up, then profile as many; every rank calls it.
+    """Time ``steps`` calls of ``step`` after two to warm up, then record as many; every rank calls it.
 
     Args:
         speed: the Throughput that turns tokens and seconds into figures.
-        out: where each rank leaves its trace (chrome://tracing, perfetto) and the names of the costliest kernels; None: nowhere.
+        out: where each rank leaves what :func:`record_steps` writes.
     """
+    gpu = topology.device.type == "cuda"
+    for _ in range(2):
+        step()
+    plain = time_steps(step, steps, gpu)
+    recorded = record_steps(step, steps, gpu, out, topology.rank)
+    figures = speed.measure(tokens_per_step, plain)
+    return StepProfile(
+        device=device_name(gpu),
+        step_seconds=plain,
+        **vars(recorded),
+        peak_memory=peak_memory(gpu),
+        tokens_per_second=figures["tokens_per_second"],
+        tflops_per_gpu=figures["tflops_per_gpu"],
+        mfu=figures["mfu"],
+    )
+
+
+@dataclass(frozen=True)
+class RecordedSteps:
+    """What the profiler saw of a step; the fields are those of :class:`StepProfile`."""
+
+    profiled_seconds: float
+    parts: dict[str, float]
+    idle: float
+    host_waits: dict[str, float]
+
+
+def record_steps(step: Callable[[], None], steps: int, gpu: bool, out: Path | None, rank: int = 0) -> RecordedSteps:
+    """Take ``steps`` steps under the profiler. ``out`` gets a trace (chrome://tracing, perfetto) and the names of the costliest
+    kernels of this rank; None: neither."""
     import torch
 
     from moe_train.profile.operations import OWN, host_waits, write_costliest
     from moe_train.profile.parts import busy_time, named_parts, time_by_part
 
-    gpu = topology.device.type == "cuda"
-
-    for _ in range(2):
-        step()
-    plain = time_steps(step, steps, gpu)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
     with named_parts(), torch.profiler.profile(activities=activities) as recorded:
         profiled = time_steps(step, steps, gpu, OWN)
     events = recorded.events()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        _write_trace(recorded, out / f"trace_rank_{topology.rank:05d}.json.gz")
-        write_costliest(events, gpu, steps, out / f"kernels_rank_{topology.rank:05d}.txt")
+        _write_trace(recorded, out / f"trace_rank_{rank:05d}.json.gz")
+        write_costliest(events, gpu, steps, out / f"kernels_rank_{rank:05d}.txt")
     parts = {name: spent / 1e6 / steps for name, spent in time_by_part(events, gpu).items()}
     busy = busy_time(events) / 1e6 / steps if gpu else sum(parts.values())
-    figures = speed.measure(tokens_per_step, plain)
-    return StepProfile(
-        device=device_name(topology),
-        step_seconds=plain,
-        profiled_seconds=profiled,
-        parts=parts,
-        idle=max(0.0, profiled - busy),
-        host_waits=host_waits(events, gpu, steps),
-        peak_memory=peak_memory(gpu),
-        tokens_per_second=figures["tokens_per_second"],
-        tflops_per_gpu=figures["tflops_per_gpu"],
-        mfu=figures["mfu"],
-    )
+    return RecordedSteps(profiled, parts, max(0.0, profiled - busy), host_waits(events, gpu, steps))
 
 
 def time_steps(step: Callable[[], None], steps: int, gpu: bool, label: str = "steps") -> float:
@@ -179,11 +192,11 @@ def render(result: StepProfile, world_size: int, out: str) -> str:
     return "\n".join(lines)
 
 
-def device_name(topology: Topology) -> str:
+def device_name(gpu: bool) -> str:
     """The name of the GPU, or ``CPU``."""
     import torch
 
-    return torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name() if gpu else "CPU"
 
 
 def peak_memory(gpu: bool) -> int:

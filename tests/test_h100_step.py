@@ -1,0 +1,142 @@
+"""The benchmark of a GPU, tried on a CPU: every contestant takes steps, and its balanced routing is balanced."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_train.config import load_model
+from moe_train.model.config import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+BATCH = (2, 1, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The benchmarks import each other by name, as scripts do."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return load_model("bench_60m").model_copy(update={"num_layers": 1, "vocab_size": 512})
+
+
+@pytest.fixture(autouse=True)
+def apart():
+    """Each starts the engine as the first in its process does."""
+    yield
+    from parallel import engine
+
+    engine.stop()
+
+
+def steps(contestant, model) -> None:
+    windows = torch.randint(0, model.vocab_size, (*BATCH[:2], BATCH[2] + 1), generator=torch.Generator().manual_seed(0))
+    contestant.step(windows)
+    with contestant.balanced():
+        contestant.step(windows)
+
+
+def test_ours(model, monkeypatch) -> None:
+    from contestants import ours
+
+    from moe_train.model.grouped_linear import GroupedLinear
+
+    contestant = ours(model, "torch", BATCH, "bf16", "none", share=False)
+    assert contestant.parameters == model.num_parameters() and contestant.routings == ("learned", "balanced")
+    counts = []
+    forward = GroupedLinear.forward
+    monkeypatch.setattr(GroupedLinear, "forward", lambda self, x, rows: (counts.append(rows.counts), forward(self, x, rows))[1])
+    steps(contestant, model)
+    learned, balanced = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    assert any(len(set(each)) > 1 for each in learned)
+    assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in balanced)
+
+
+def test_the_share_of_one_of_eight_ranks(model, monkeypatch) -> None:
+    from contestants import ours
+
+    from moe_train.model.grouped_linear import GroupedLinear
+
+    contestant = ours(model, "torch", BATCH, "bf16", "none", share=True)
+    whole = model.num_parameters()
+    experts = model.mlp.num_experts * 3 * 512 * 704 + model.attention.num_experts * 2 * 512 * 512
+    assert contestant.parameters == whole - experts * 7 // 8 and contestant.routings == ("balanced",)
+    seen = []
+    forward = GroupedLinear.forward
+
+    def watched(self, x, rows):
+        seen.append((len(self.weight), len(x), rows.counts))
+        return forward(self, x, rows)
+
+    monkeypatch.setattr(GroupedLinear, "forward", watched)
+    steps(contestant, model)
+    pairs = BATCH[2] * model.mlp.top_k
+    assert seen and all(each == (1, pairs, [pairs]) for each in seen)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hugging_face(model, attention, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    from rivals import huggingface
+    from transformers.models.jetmoe import modeling_jetmoe
+
+    contestant = huggingface(model, attention, "bf16")
+    assert contestant.parameters == model.num_parameters()
+    sizes = []
+    experts = modeling_jetmoe.JetMoeParallelExperts
+    forward = experts.forward
+    monkeypatch.setattr(experts, "forward", lambda self, x, size: (sizes.append(size), forward(self, x, size))[1])
+    steps(contestant, model)
+    learned, balanced = sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
+    assert any(len(set(each)) > 1 for each in learned)
+    assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in balanced)
+
+
+def test_megatron(model, monkeypatch) -> None:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from rivals import megatron
+
+    contestant = megatron(model, "local", BATCH, "bf16", "none")
+    hidden, heads = model.hidden_size, model.attention
+    same = model.num_parameters() - (heads.num_experts - heads.top_k) * 2 * hidden * heads.width  # queries and outputs of experts unused
+    assert contestant.parameters == pytest.approx(same, rel=0.001)  # but for a router and biases
+    theirs = contestant.model.flops_per_token(BATCH[2])
+    assert theirs == pytest.approx(model.flops_per_token(BATCH[2]), rel=0.01)
+    counts = []
+    forward = SequentialMLP.forward
+
+    def watched(self, rows, per_expert, *more):
+        counts.append(per_expert.tolist())
+        return forward(self, rows, per_expert, *more)
+
+    monkeypatch.setattr(SequentialMLP, "forward", watched)
+    steps(contestant, model)
+    assert any(len(set(each)) > 1 for each in counts[: len(counts) // 2])
+    assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in counts[len(counts) // 2 :])
+
+
+def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/h100_step.py"), "--only", "ours-fp8-blockwise,ours", "--model", "bench_60m"]
+    command += ["--layers", "1", "--sequence-length", "64", "--steps", "1", "--blocks", "1", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    failed, ours = answer["contestants"]["ours-fp8-blockwise"], answer["contestants"]["ours"]
+    assert set(failed) == {"error"} and "needs a GPU" in failed["error"] and failed["error"] in done.stderr
+    assert answer["layers"] == 1 and answer["ratios"] == {"ours": {"learned": 1.0, "balanced": 1.0}}
+    tokens = 4 * 64
+    assert ours["balanced"]["tokens_per_second"] == pytest.approx(tokens / ours["balanced"]["step_seconds"])
+    assert {"experts", "attention", "idle"} <= set(ours["balanced"]["milliseconds"]) and ours["balanced"]["host_waits"]
+    assert (tmp_path / "out/ours-balanced/kernels_rank_00000.txt").read_text().count("\n") > 20
