@@ -143,6 +143,7 @@ def load_run(
     if with_mixture:
         config = config.model_copy(update={"schedule": config.schedule.resolved(config.total_tokens)})
         _check_lengths(config, document)
+        _check_fp8(config, document)
     return config
 
 
@@ -171,3 +172,24 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
         raise document.error(
             ("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them"
         )
+
+
+def _check_fp8(config: RunConfig, document: Document) -> None:
+    """FP8 products want every dimension, on every tensor rank, to be a multiple of 16 (mxfp8: 32)."""
+    training, model, ranks = config.training, config.model, config.parallel.tensor
+    if training.precision != "fp8":
+        return
+    multiple = 32 if training.fp8_recipe == "mxfp8" else 16
+    attention, mlp = model.attention, model.mlp
+    rows = training.micro_batch_size * config.mixture.sequence_length
+    sizes = {
+        "hidden_size": (model.hidden_size, 1),
+        "attention.head_dim x its heads": (attention.num_kv_heads * attention.head_dim, ranks),
+        "mlp.ffn_hidden_size": (mlp.ffn_hidden_size, ranks if mlp.kind == "dense" else 1),
+        "training.micro_batch_size x the mixture's sequence_length": (rows, 1),
+    }
+    for name, (size, parts) in sizes.items():
+        if size % (multiple * parts):
+            split = f" on {parts} tensor ranks" if parts > 1 else ""
+            reason = f"fp8 multiplies in multiples of {multiple}, and {name} is {size}{split}; set bf16"
+            raise document.error(("training", "precision"), reason)

@@ -41,6 +41,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     "training.global_batch_size": ("recorded", "changes the steps from here on"),
     "training.batch_size_warmup": ("recorded", "changes the steps from here on"),
     "training.precision": ("refused", "another arithmetic; branch the run instead"),
+    "training.fp8_recipe": ("recorded", "other roundings from here on"),
+    "training.kernels": ("recorded", "the same arithmetic, but not to the last bit"),
     "training.seed": ("refused", "the initial weights came from it"),
     "training.max_steps": ("free", "only says when to stop"),
     "training.max_wall_time": ("free", "only says when to stop"),

@@ -16,14 +16,13 @@ from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, all_to_all_
 
 from moe_train.model.attention_core import LayerCache, attend
 from moe_train.model.config import ModelConfig
-from moe_train.model.grouped_linear import GroupedLinear
-from moe_train.model.linear import column_parallel, row_parallel
-from moe_train.model.norm import RMSNorm
+from moe_train.model.kernels import kernels_of
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
 from parallel.dispatch import ExpertDispatcher
 from parallel.topology import Topology
+from parallel.transformer_engine import row_multiple
 
 
 class MixtureOfAttention(torch.nn.Module):
@@ -33,14 +32,16 @@ class MixtureOfAttention(torch.nn.Module):
         super().__init__()
         attention, hidden = config.attention, config.hidden_size
         experts, width, sharded, dtype = attention.num_experts, attention.width, options.sharded_attention, options.dtype
+        kernels = kernels_of(options)
         self.top_k, self.head_dim = attention.top_k, attention.head_dim
         self.tensor_ranks = topology.layout.tensor
         self.local_heads = attention.num_kv_heads // self.tensor_ranks
         self.router = Router(f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype)
-        self.dispatcher = ExpertDispatcher(experts, engine, topology, sharded)
-        self.query = GroupedLinear(f"{name}.query", experts, hidden, width, topology, dtype, sharded)
-        self.output = GroupedLinear(f"{name}.output", experts, width, hidden, topology, dtype, sharded)
-        self.kv = column_parallel(f"{name}.kv", (2, width, hidden), 1, engine, topology)
+        self.dispatcher = ExpertDispatcher(experts, engine, topology, sharded, row_multiple(options.fp8_recipe))
+        self.query = kernels.grouped_linear(f"{name}.query", experts, hidden, width, engine, topology, sharded)
+        self.output = kernels.grouped_linear(f"{name}.output", experts, width, hidden, engine, topology, sharded)
+        self.kv = kernels.column_parallel(f"{name}.kv", (2, width, hidden), 1, engine, topology)
+        self.core = kernels.attention(engine, topology)
         self.bias = output_bias(f"{name}.bias", hidden, topology, dtype) if attention.bias else None
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
@@ -51,7 +52,7 @@ class MixtureOfAttention(torch.nn.Module):
         k_sbnd, v_sbnd = self._keys_and_values(x_sbh)
         q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])
         # Head j of any slot uses kv head j: the k slots of one head are one group.
-        o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, rotary, cache)
+        o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, rotary, self.core, cache)
         o_tkd = self._to_sequence(o_sbnkd.transpose(2, 3), q_tkd.shape)
         out_th = plan.collect_weighted(self.output(plan.dispatch_pairs(o_tkd), plan.rows), gates_tk)
         return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
@@ -83,13 +84,15 @@ class GroupedQueryAttention(torch.nn.Module):
         self.head_dim, self.group = attention.head_dim, attention.queries_per_kv_head
         self.local_heads = attention.num_kv_heads // topology.layout.tensor
         heads = (attention.num_kv_heads, self.group + 2, self.head_dim, hidden)
-        self.qkv = column_parallel(f"{name}.qkv", heads, 0, engine, topology)
-        self.output = row_parallel(f"{name}.output", (hidden, attention.width), engine, topology)
+        kernels = kernels_of(options)
+        self.qkv = kernels.column_parallel(f"{name}.qkv", heads, 0, engine, topology)
+        self.output = kernels.row_parallel(f"{name}.output", (hidden, attention.width), engine, topology)
+        self.core = kernels.attention(engine, topology)
         self.query_norm = self.key_norm = None
         if attention.qk_norm:
             norm = (config.layer_norm_eps, topology, options.dtype)
-            self.query_norm = RMSNorm(f"{name}.query_norm", attention.width, *norm, split=True)
-            self.key_norm = RMSNorm(f"{name}.key_norm", attention.kv_width, *norm, split=True)
+            self.query_norm = kernels.norm(f"{name}.query_norm", attention.width, *norm, split=True)
+            self.key_norm = kernels.norm(f"{name}.key_norm", attention.kv_width, *norm, split=True)
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
         qkv, _ = self.qkv(x_sbh)
@@ -99,7 +102,7 @@ class GroupedQueryAttention(torch.nn.Module):
             q_sbngd = self.query_norm(q_sbngd.flatten(2)).view(q_sbngd.shape)
             k_sbnd = self.key_norm(k_sbnd.flatten(2)).view(k_sbnd.shape)
         # A copy of the values: the backward keeps them, and a view would keep the queries with them.
-        o_sbngd = attend(q_sbngd, k_sbnd, v_sbnd.contiguous(), tokens, rotary, cache)
+        o_sbngd = attend(q_sbngd, k_sbnd, v_sbnd.contiguous(), tokens, rotary, self.core, cache)
         return self.output(o_sbngd.flatten(2))[0]
 
 

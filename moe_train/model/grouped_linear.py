@@ -29,8 +29,8 @@ class GroupedLinear(torch.nn.Module):
         num_experts: int,
         in_features: int,
         out_features: int,
+        engine,
         topology: Topology,
-        dtype: torch.dtype,
         sharded: bool = True,
     ):
         super().__init__()
@@ -43,11 +43,17 @@ class GroupedLinear(torch.nn.Module):
             offset=(first, 0, 0),
             shape=(local, out_features, in_features),
             replica=0 if sharded else topology.tensor_rank,
-            dtype=dtype,
+            dtype=engine.params_dtype,
             device=topology.device,
         )
+        self.num_experts = num_experts
         # Whole experts on every rank are dense parameters that each tensor rank applies to its part of the sequence.
         self.weight = expert_parallel(weight) if sharded else sequence_parallel(weight)
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, ...]:
+        """The weight of each expert of this rank, ``[out, in]``."""
+        return self.weight.unbind()
 
     def forward(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         """``[rows, in]`` sorted by expert to ``[rows, out]``."""

@@ -31,7 +31,7 @@ def column_parallel(
         gather_output=False,
         tp_group=topology.groups.tp,
     )
-    return _placed(layer, name, global_shape, split, topology)
+    return place_linear(layer, name, global_shape, split, topology)
 
 
 def row_parallel(name: str, global_shape: tuple[int, int], engine, topology: Topology) -> RowParallelLinear:
@@ -50,10 +50,11 @@ def row_parallel(name: str, global_shape: tuple[int, int], engine, topology: Top
         skip_bias_add=False,
         tp_group=topology.groups.tp,
     )
-    return _placed(layer, name, global_shape, 1, topology)
+    return place_linear(layer, name, global_shape, 1, topology)
 
 
-def _placed(layer, name: str, global_shape: tuple[int, ...], split: int, topology: Topology):
+def place_linear(layer, name: str, global_shape: tuple[int, ...], split: int, topology: Topology):
+    """Say which part of ``name.weight`` ``layer`` holds, whose dimension ``split`` is divided over the tensor ranks."""
     shape, offset = list(global_shape), [0] * len(global_shape)
     shape[split] //= topology.layout.tensor
     offset[split] = topology.tensor_rank * shape[split]

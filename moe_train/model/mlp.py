@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 
 from moe_train.model.config import ModelConfig
-from moe_train.model.grouped_linear import GroupedLinear
-from moe_train.model.linear import column_parallel, row_parallel
+from moe_train.model.kernels import kernels_of
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
 from parallel.dispatch import ExpertDispatcher
 from parallel.topology import Topology
+from parallel.transformer_engine import row_multiple
 
 
 class MixtureOfMLP(torch.nn.Module):
@@ -28,11 +27,14 @@ class MixtureOfMLP(torch.nn.Module):
     def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
         mlp, hidden, dtype = config.mlp, config.hidden_size, options.dtype
-        self.recompute, self.activation = options.recompute == "selective", mlp.activation
+        kernels = kernels_of(options)
+        self.engine, self.recompute = engine, kernels.recompute if options.recompute == "selective" else None
+        self.activation = mlp.activation
         self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router_of("mlp"), topology, dtype)
-        self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology)
-        self.gate_up = GroupedLinear(f"{name}.gate_up", mlp.num_experts, hidden, 2 * mlp.ffn_hidden_size, topology, dtype)
-        self.down = GroupedLinear(f"{name}.down", mlp.num_experts, mlp.ffn_hidden_size, hidden, topology, dtype)
+        self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology, row_multiple=row_multiple(options.fp8_recipe))
+        experts, ffn = mlp.num_experts, mlp.ffn_hidden_size
+        self.gate_up = kernels.grouped_linear(f"{name}.gate_up", experts, hidden, 2 * ffn, engine, topology)
+        self.down = kernels.grouped_linear(f"{name}.down", experts, ffn, hidden, engine, topology)
         self.bias = output_bias(f"{name}.bias", hidden, topology, dtype) if mlp.bias else None
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -45,7 +47,7 @@ class MixtureOfMLP(torch.nn.Module):
             return self.down(gated_activation(self.gate_up(rows, plan.rows), self.activation), plan.rows)
 
         if self.recompute and torch.is_grad_enabled():
-            answers = tensor_parallel.checkpoint(experts, False, rows)
+            answers = self.recompute(self.engine, experts, rows)
         else:
             answers = experts(rows)
         out_th = plan.collect_weighted(answers, gates_tk)
@@ -58,13 +60,15 @@ class DenseMLP(torch.nn.Module):
     def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
         mlp, hidden = config.mlp, config.hidden_size
-        self.recompute, self.activation = options.recompute == "selective", mlp.activation
-        self.gate_up = column_parallel(f"{name}.gate_up", (2, mlp.ffn_hidden_size, hidden), 1, engine, topology)
-        self.down = row_parallel(f"{name}.down", (hidden, mlp.ffn_hidden_size), engine, topology)
+        kernels = kernels_of(options)
+        self.engine, self.recompute = engine, kernels.recompute if options.recompute == "selective" else None
+        self.activation = mlp.activation
+        self.gate_up = kernels.column_parallel(f"{name}.gate_up", (2, mlp.ffn_hidden_size, hidden), 1, engine, topology)
+        self.down = kernels.row_parallel(f"{name}.down", (hidden, mlp.ffn_hidden_size), engine, topology)
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(self._compute, False, x_sbh)
+            return self.recompute(self.engine, self._compute, x_sbh)
         return self._compute(x_sbh)
 
     def _compute(self, x_sbh: torch.Tensor) -> torch.Tensor:

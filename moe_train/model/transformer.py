@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
@@ -13,14 +12,15 @@ from moe_train.model.attention_core import LayerCache
 from moe_train.model.config import ModelConfig
 from moe_train.model.documents import document_mask, document_positions
 from moe_train.model.head import VocabularyHead
+from moe_train.model.kernels import kernels_of
 from moe_train.model.mlp import MLP
-from moe_train.model.norm import RMSNorm
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import initialize, new_parameter
 from moe_train.model.rope import rotary_table
 from moe_train.model.router import Tokens
 from parallel.placement import Placement, place
 from parallel.topology import Topology
+from parallel.transformer_engine import precision_context
 
 
 class Layer(torch.nn.Module):
@@ -30,9 +30,10 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.index = index
         name, norm = f"layers.{index}", (config.hidden_size, config.layer_norm_eps, topology, options.dtype)
-        self.attention_norm = RMSNorm(f"{name}.attention_norm", *norm)
+        new_norm = kernels_of(options).norm
+        self.attention_norm = new_norm(f"{name}.attention_norm", *norm)
         self.attention = ATTENTION[config.attention.kind](f"{name}.attention", config, engine, topology, options)
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", *norm)
+        self.mlp_norm = new_norm(f"{name}.mlp_norm", *norm)
         self.mlp = MLP[config.mlp.kind](f"{name}.mlp", config, engine, topology, options)
 
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
@@ -52,6 +53,7 @@ class Transformer(MegatronModule):
     def __init__(self, config: ModelConfig, engine, topology: Topology, options: ModelOptions, virtual_stage: int = 0):
         super().__init__(engine)
         self.model_config, self.topology, self.options = config, topology, options
+        self.kernels = kernels_of(options)
         self.vp_stage = virtual_stage if topology.virtual_stages > 1 else None
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = topology.is_first_stage(virtual_stage)
@@ -65,7 +67,7 @@ class Transformer(MegatronModule):
             for index in topology.stage_layers(config.num_layers, virtual_stage)
         )
         if self.post_process:
-            self.final_norm = RMSNorm("final_norm", config.hidden_size, config.norm_eps, topology, options.dtype)
+            self.final_norm = self.kernels.norm("final_norm", config.hidden_size, config.norm_eps, topology, options.dtype)
             self.head = VocabularyHead(self._head_weight(), config.vocab_size, topology)
         if options.initialize and topology.device.type != "meta":
             for parameter in self.parameters():
@@ -109,11 +111,12 @@ class Transformer(MegatronModule):
             positions = document_positions(ids_bs, document_end)
         tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks, mask)
         rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
-        for number, layer in enumerate(self.layers):
-            if self.options.recompute == "full" and torch.is_grad_enabled():
-                x_sbh = tensor_parallel.checkpoint(lambda x, layer=layer: layer(x, tokens, rotary), False, x_sbh)
-            else:
-                x_sbh = layer(x_sbh, tokens, rotary, caches[number] if caches else None)
+        with precision_context(self.config):
+            for number, layer in enumerate(self.layers):
+                if self.options.recompute == "full" and torch.is_grad_enabled():
+                    x_sbh = self.kernels.recompute(self.config, lambda x, layer=layer: layer(x, tokens, rotary), x_sbh)
+                else:
+                    x_sbh = layer(x_sbh, tokens, rotary, caches[number] if caches else None)
         if not self.post_process:
             return x_sbh
         x_sbh = self.final_norm(x_sbh)

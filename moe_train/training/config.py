@@ -46,6 +46,13 @@ class TrainingConfig(Section):
     """Sequences of one optimizer step, over all ranks; a multiple of micro_batch_size x data."""
     batch_size_warmup: BatchSizeWarmup | None = None
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Of parameters and activations; the optimizer's are fp32. fp8: bf16, and the matrix products of experts and dense
+    layers in FP8, on GPUs with Transformer Engine; routers, attention itself and head stay in bf16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 is scaled: by the largest values of the last 1,024 uses of each tensor, by its own largest value, by blocks of
+    1x128 and 128x128 (Hopper), or by blocks of 32 (Blackwell alone)."""
+    kernels: Literal["torch", "transformer_engine"] | None = None
+    """Whose layers the model is built from; null: Transformer Engine's on GPUs where it is installed, else torch's."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Of the initial weights; the order of the data has a seed of its own in the mixture file."""
     max_steps: Count | None = Field(None, ge=1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from moe_train.model.grouped_linear import GroupedLinear
 from moe_train.model.transformer import Transformer
 from parallel.topology import Topology
 
@@ -19,10 +18,8 @@ def expert_similarities(chunks: list[Transformer], topology: Topology) -> dict[s
     for chunk in chunks:
         for layer in chunk.layers:
             for part in ("attention", "mlp"):
-                experts = [
-                    child.weight for child in getattr(layer, part).children() if isinstance(child, GroupedLinear)
-                ]
-                if experts and experts[0].placement.global_shape[0] > 1:
+                experts = [child for child in getattr(layer, part).children() if hasattr(child, "matrices")]
+                if experts and experts[0].num_experts > 1:
                     own[f"layers.{layer.index}.{part}"] = _mean_cosine(experts, topology)
     everywhere: dict[str, float] = {}
     for each in topology.gather(own):
@@ -30,13 +27,14 @@ def expert_similarities(chunks: list[Transformer], topology: Topology) -> dict[s
     return everywhere
 
 
-def _mean_cosine(weights: list[torch.Tensor], topology: Topology) -> float:
-    """Over the pairs of E experts, each the vector of its slices of ``weights`` ``[local experts, out, in]``.
+def _mean_cosine(layers: list[torch.nn.Module], topology: Topology) -> float:
+    """Over the pairs of E experts, each the vector of its matrices in ``layers``.
 
     For unit vectors u the mean is ``(|sum_e u_e|^2 - E) / (E (E - 1))``: a sum over the experts, wherever they are, in
     the place of a product for each pair.
     """
-    local, total = len(weights[0]), weights[0].placement.global_shape[0]
+    weights, total = [layer.matrices for layer in layers], layers[0].num_experts
+    local = len(weights[0])
     norms = [
         torch.stack([weight[expert].float().norm() for weight in weights]).norm().clamp(min=1e-30)
         for expert in range(local)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from moe_train.checkpoint.save import Checkpointer
 from moe_train.training.expert_similarity import expert_similarities
 from moe_train.training.faults import Fault
+from moe_train.training.fp8 import proven_fp8
 from moe_train.training.recorder import Recorder
 from moe_train.training.replicas import check_replicas
 from moe_train.training.signals import StopRequest
@@ -41,13 +43,16 @@ def train(
     config = trainer.config
     reason = None
     watchdog.arm("the first step", 2 * config.faults.step_timeout)
+    proof = proven_fp8(trainer.topology, recorder) if config.training.precision == "fp8" else nullcontext()
     while not trainer.complete:
         began = time.perf_counter()
         position, tokens = trainer.position, trainer.tokens
         batch_size = trainer.next_batch_size()
         step, lr, phase = position.step + 1, trainer.schedule(tokens), trainer.stream.phase_at(position.samples)
 
-        figures = _gradients(trainer, batch_size, stop)
+        with proof:
+            figures = _gradients(trainer, batch_size, stop)
+        proof = nullcontext()
         fault = trainer.guard.judge(step, figures.loss, figures.gradient_norm)
         if fault is None:
             trainer.optimizer.update(lr, figures.gradient_norm)

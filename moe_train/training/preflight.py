@@ -19,8 +19,6 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
         an error with ``exit_code`` 2, one line, for whatever would stop the run later.
     """
     config.layout(world_size)
-    if config.training.precision == "fp8":
-        raise UserError("training.precision: fp8 is not in this version, which has no layers of Transformer Engine; set bf16 or fp32")
     if not config.data.mixture:
         raise UserError("data.mixture is not set")
     open_sources(config.mixture, config.model.vocab_size)

@@ -133,6 +133,13 @@ class Recorder:
         if self.active:
             self.folder.event("save", int(checkpoint.name.removeprefix("iter_")), checkpoint=str(checkpoint))
 
+    def fp8(self, products: int, total: int) -> None:
+        """Record how many of Transformer Engine's matrix products of the first step, over all ranks, ran in FP8."""
+        if self.active:
+            text = f"FP8, {self.trainer.config.training.fp8_recipe}: {products:,} of {total:,} matrix products in the first step"
+            self.console.say(f"{text}, routers and head apart")
+            self.folder.event("fp8", self.trainer.position.step, products=products, total=total)
+
     def before_save(self) -> None:
         """Bring to the disk what a checkpoint takes for granted."""
         if self.active:

@@ -26,6 +26,7 @@ from moe_train.training.schedule import LearningRate
 from moe_train.training.step import Stepper
 from moe_train.training.validation import Validation
 from parallel.topology import Topology
+from parallel.transformer_engine import choose_kernels
 
 
 @dataclass
@@ -157,12 +158,15 @@ class Trainer:
     def _build_model(self) -> None:
         training = self.config.training
         dtype = DTYPES[training.precision]
+        recipe = training.fp8_recipe if training.precision == "fp8" else None
         options = ModelOptions(
             dtype=dtype,
             seed=training.seed,
             recompute=training.recompute,
             sharded_attention=self.config.parallel.attention_experts == "sharded",
             document_end=self.config.document_end,
+            kernels=choose_kernels(training.kernels, recipe),
+            fp8_recipe=recipe,
         )
         self.model = build_model(self.config.model, self.topology, options)
         self.monitor = RouterMonitor(self.model, self.topology, self.config.logging.router_gates)

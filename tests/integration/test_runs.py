@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.integration.runs import ROOT, arithmetic, metrics, outcome, run, start, write_corpora
@@ -273,7 +274,7 @@ def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
         (["parallel.expert=3"], ["3"]),
         (["data.mixture=nowhere.yaml"], ["nowhere.yaml"]),
         (["--resume", "iter_0000999"], ["iter_0000999"]),
-        (["training.precision=fp8"], ["fp8", "Transformer Engine"]),
+        (["training.precision=fp8"], ["fp8 multiplies in multiples of 16", "hidden_size"]),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):
@@ -286,6 +287,21 @@ def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):
     if (tmp_path / "run").exists():  # it does from where the run file could be read
         assert outcome(tmp_path / "run")["code"] == 2 and said == f"error: {outcome(tmp_path / 'run')['reason']}\n"
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        (["training.kernels=transformer_engine"], "training.kernels: transformer_engine"),
+        (["training.precision=fp8", "model.mlp.ffn_hidden_size=16"], "training.precision: fp8"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path, asked, named):
+    write_corpora(tmp_path)
+    status, said = run(tmp_path, *asked)
+    assert status == 2 and said.count("\n") == 1, said
+    assert f"{named} needs a GPU, and this rank sees none" in said
 
 
 def test_a_token_id_over_the_vocabulary_names_its_corpus(tmp_path):

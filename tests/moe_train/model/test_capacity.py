@@ -59,7 +59,7 @@ def new_layer(topology, **router):
         mlp=MixtureOfMLPConfig(ffn_hidden_size=FFN, num_experts=EXPERTS, top_k=2, bias=False),
         router=RouterConfig(load_balancing="none", z_coef=0.0, **router),
     )
-    engine = engine_config(config, topology, torch.float32)
+    engine = engine_config(config, topology, ModelOptions())
     layer = MixtureOfMLP("layers.0.mlp", config, engine, topology, ModelOptions())
     for parameter in layer.parameters():
         initialize(parameter, seed=3, std=0.5)

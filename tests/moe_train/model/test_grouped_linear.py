@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -76,11 +78,12 @@ def test_weight_gradients_go_straight_to_the_buffer(topology, dtype):
 def test_the_layer_knows_its_place(topology):
     from moe_train.model.grouped_linear import GroupedLinear
 
-    layer = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, topology, torch.float32)
+    engine = SimpleNamespace(params_dtype=torch.float32)  # all of the engine that it reads
+    layer = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, engine, topology)
     placement = layer.weight.placement
     assert (placement.name, placement.global_shape) == ("layers.0.mlp.down.weight", (4, OUT, IN))
     assert layer.weight.allreduce is False, "experts are reduced over their own replicas"
-    whole = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, topology, torch.float32, sharded=False)
+    whole = GroupedLinear("layers.0.mlp.down", 4, IN, OUT, engine, topology, sharded=False)
     assert not hasattr(whole.weight, "allreduce") and whole.weight.sequence_parallel
 
 
