@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 
 import torch
 from contestants import ALONE, LEARNING_RATE, Contestant, Unavailable, experts_in_turn, replaced
 
 from moe_train.model.config import GroupedQueryAttentionConfig, ModelConfig
+from parallel import cuda_settings
 
 
 def huggingface(model: ModelConfig, attention: str, precision: str) -> Contestant:
@@ -25,6 +27,7 @@ def huggingface(model: ModelConfig, attention: str, precision: str) -> Contestan
     """
     from transformers.models.jetmoe import modeling_jetmoe
 
+    cuda_settings.export(ALONE)  # the allocator that ours has
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         network = modeling_jetmoe.JetMoeForCausalLM(jetmoe_config(model, attention)).train()
@@ -90,7 +93,7 @@ def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], preci
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.moe import moe_utils, router
@@ -101,11 +104,10 @@ def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], preci
 
         if not HAVE_TE:
             raise Unavailable("Transformer Engine is not installed")
-    moe_utils.__dict__.setdefault("te_general_gemm", None)  # without Transformer Engine it forgets to define it
     gpu = topology.device.type == "cuda"
-    if gpu:
-        model_parallel_cuda_manual_seed(1)
-    else:  # a CPU has one generator, which nothing here draws from
+    if not hasattr(moe_utils, "te_general_gemm") or not gpu:  # it forgets to say so without Transformer Engine
+        moe_utils.te_general_gemm = None
+    if not gpu:  # a CPU has one generator, which nothing here draws from
         get_cuda_rng_tracker().fork = lambda *_: nullcontext()
     model = _as_gpt(model)
     micro_batches, size, length = batch
@@ -228,7 +230,7 @@ def _gpt_config(model: ModelConfig, te: bool, bf16: bool, recompute: str) -> dic
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         init_method_std=model.init_std,
-        gradient_accumulation_fusion=te,
+        gradient_accumulation_fusion=te and find_spec("fused_weight_gradient_mlp_cuda") is not None,  # its head needs Apex's
         moe_permute_fusion=te,
         apply_rope_fusion=te,
         cross_entropy_loss_fusion=True,
