@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moe_train.model.config import ModelConfig
 from parallel.layout import Layout
 
-LOGITS_PER_CHUNK = 1 << 22
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Of `moe_train.model.head`: logits exist for a chunk of tokens at a time."""
 
 
@@ -130,10 +130,10 @@ def head_bytes(work: Workload) -> int:
     return tokens + work.whole * hidden * work.element + rows * hidden * 4
 
 
-def logits_bytes(work: Workload) -> int:
-    """The chunk of logits that exists at a time: in the model's precision, in fp32 and as gradient."""
+def logits_bytes(work: Workload, device: str = "cuda") -> int:
+    """The chunk of logits that exists at a time: in the model's precision, in fp32 and as gradient. Chunks are larger on GPUs."""
     rows = -(-work.model.vocab_size // work.layout.tensor)
-    chunk = min(work.whole, max(64, LOGITS_PER_CHUNK // rows))
+    chunk = min(work.whole, max(64, LOGITS_PER_CHUNK[device] // rows))
     return chunk * rows * (2 * work.element + 4)
 
 

@@ -64,7 +64,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "dispatch", "logits
 
 def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool = True) -> dict[str, int]:
     """Bytes of one rank by part, with balanced routing; ``worst`` is what all tokens going to its experts
-    adds."""
+    adds. ``overlap``: on a GPU, where gradients come in buckets and the head works on larger chunks."""
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
     work = workload(config, layout)
@@ -75,7 +75,8 @@ def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool
     kept = [stage_bytes(work, place.stage, count, training.recompute, worst) for worst in (False, True)]
     sent = [dispatch_bytes(work, worst) for worst in (False, True)]
     result["activations"], result["dispatch"] = kept[0], sent[0]
-    result["logits"] = logits_bytes(work) if place.stage == layout.pipeline - 1 else 0
+    device = "cuda" if overlap else "cpu"
+    result["logits"] = logits_bytes(work, device) if place.stage == layout.pipeline - 1 else 0
     result["worst"] = kept[1] - kept[0] + sent[1] - sent[0]
     # A save copies the state that this rank owns and its range of the weights.
     per_element = 8 if training.precision == "fp32" else 12

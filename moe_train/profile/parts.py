@@ -6,6 +6,7 @@ backward carry the sequence number of the forward operation that they belong to,
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,14 +27,19 @@ def _functions() -> dict[str, list[tuple[type, str]]]:
     from moe_train.training.optimizer import Optimizer
     from parallel.dispatch import ExpertDispatcher, RoutingPlan
 
+    grouped, norms = [(GroupedLinear, "forward")], [(RMSNorm, "forward")]
+    with_te = sys.modules.get("moe_train.model.transformer_engine")  # loaded where the model is built from it
+    if with_te is not None:
+        grouped.append((with_te.GroupedLinear, "forward"))
+        norms.append((with_te.te.RMSNorm, "forward"))
     trips = ("dispatch_tokens", "dispatch_pairs", "collect_pairs", "collect_weighted")
     return {
         "attention": [(kind, "forward") for kind in ATTENTION.values()],
         "mlp": [(kind, "forward") for kind in MLP.values()],
-        "experts": [(GroupedLinear, "forward")],
+        "experts": grouped,
         "dispatch": [(ExpertDispatcher, "plan"), *((RoutingPlan, trip) for trip in trips)],
         "router": [(Router, "forward")],
-        "norm": [(RMSNorm, "forward")],
+        "norm": norms,
         "head": [(VocabularyHead, "loss"), (VocabularyHead, "logits")],
         "optimizer": [(Optimizer, "zero_grad"), (Optimizer, "gradient_norm"), (Optimizer, "update")],
     }
@@ -58,14 +64,16 @@ def named_parts() -> Iterator[None]:
     originals = []
     for part, functions in _functions().items():
         for owner, name in functions:
-            original = owner.__dict__[name]
-            originals.append((owner, name, original))
-            setattr(owner, name, _named(original, PREFIX + part))
+            originals.append((owner, name, owner.__dict__.get(name)))
+            setattr(owner, name, _named(getattr(owner, name), PREFIX + part))
     try:
         yield
     finally:
         for owner, name, original in originals:
-            setattr(owner, name, original)
+            if original is None:  # its base class has it
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 def _named(function, label: str):

@@ -59,6 +59,15 @@ def test_activations_within_15_percent(ranks, nproc: int, layout: dict, recomput
         assert planned == pytest.approx(found, rel=0.15), f"rank {rank}"
 
 
+def test_the_head_s_chunks_are_the_model_s() -> None:
+    from moe_train.model import head
+
+    assert activations.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
+    work = activations.Workload(wide_model(vocab_size=2**17), make_layout(1), 2048, 1, 2)
+    assert activations.logits_bytes(work, "cpu") == 64 * 2**17 * 8
+    assert activations.logits_bytes(work, "cuda") == 1024 * 2**17 * 8
+
+
 def test_worst_case_routing_is_what_a_rank_may_receive() -> None:
     shape = make_layout(4, expert=4)
     work = activations.Workload(wide_model(), shape, 64, 2, 4)
