@@ -27,6 +27,8 @@ def engine_config(config: ModelConfig, topology: Topology, options: ModelOptions
         num_attention_heads=config.attention.num_kv_heads * config.attention.queries_per_kv_head,
         num_query_groups=config.attention.num_kv_heads,
         kv_channels=config.attention.head_dim,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         num_moe_experts=max(config.mlp.num_experts, config.attention.num_experts) or None,
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
