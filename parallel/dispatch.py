@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from parallel.fuse import fused
 from parallel.topology import Topology
 
 
@@ -181,11 +182,7 @@ class _GatherTokens(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         if ctx.left_out:
             grad_rows = F.pad(grad_rows, (0, 0, 0, 1))
-        slots = inverse.view(-1, ctx.top_k)
-        grad = grad_rows.index_select(0, slots[:, 0])
-        for slot in range(1, ctx.top_k):
-            grad += grad_rows.index_select(0, slots[:, slot])
-        return grad, None, None, None, None, None
+        return _sum_of_slots(grad_rows, inverse.view(-1, ctx.top_k)), None, None, None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -212,17 +209,37 @@ class _WeightedSum(torch.autograd.Function):
         ctx.filled, ctx.left_out = filled, left_out
         if left_out:
             rows = F.pad(rows, (0, 0, 0, 1))
-        slots = inverse.view(gates_tk.shape)
-        out = rows.index_select(0, slots[:, 0]).mul_(gates_tk[:, :1])
-        for slot in range(1, gates_tk.shape[1]):
-            out.addcmul_(rows.index_select(0, slots[:, slot]), gates_tk[:, slot : slot + 1])
-        return out
+        return _weighted_sum_of_slots(rows, gates_tk, inverse.view(gates_tk.shape))
 
     @staticmethod
     def backward(ctx, grad_th):
         rows, gates_tk, order, inverse = ctx.saved_tensors
-        grad_rows = _take(grad_th, order // gates_tk.shape[1], ctx.filled)
-        grad_gates = torch.linalg.vecdot(grad_rows, rows).unsqueeze(1)
-        grad_gates = _take(grad_gates, inverse, ctx.left_out).view_as(gates_tk)
-        grad_rows.mul_(_take(gates_tk.reshape(-1, 1), order, ctx.filled))
-        return grad_rows, grad_gates, None, None, None, None
+        grads = _weighted_sum_backward(grad_th, rows, gates_tk, order, inverse, ctx.filled, ctx.left_out)
+        return *grads, None, None, None, None
+
+
+@fused
+def _sum_of_slots(rows: torch.Tensor, slots_tk: torch.Tensor) -> torch.Tensor:
+    """``sum_s rows[slots[t, s]]``, ``[T, H]``."""
+    out = rows.index_select(0, slots_tk[:, 0])
+    for slot in range(1, slots_tk.shape[1]):
+        out += rows.index_select(0, slots_tk[:, slot])
+    return out
+
+
+@fused
+def _weighted_sum_of_slots(rows: torch.Tensor, gates_tk: torch.Tensor, slots_tk: torch.Tensor) -> torch.Tensor:
+    """``sum_s gate[t, s] * rows[slots[t, s]]``, ``[T, H]``."""
+    out = rows.index_select(0, slots_tk[:, 0]).mul_(gates_tk[:, :1])
+    for slot in range(1, slots_tk.shape[1]):
+        out.addcmul_(rows.index_select(0, slots_tk[:, slot]), gates_tk[:, slot : slot + 1])
+    return out
+
+
+@fused
+def _weighted_sum_backward(grad_th, rows, gates_tk, order, inverse, filled, left_out) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of rows and gates."""
+    grad_rows = _take(grad_th, order // gates_tk.shape[1], filled)
+    grad_gates = torch.linalg.vecdot(grad_rows, rows).unsqueeze(1)
+    grad_gates = _take(grad_gates, inverse, left_out).view_as(gates_tk)
+    return grad_rows.mul_(_take(gates_tk.reshape(-1, 1), order, filled)), grad_gates

@@ -15,6 +15,7 @@ from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
 from parallel.dispatch import ExpertDispatcher
+from parallel.fuse import fused
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple
 
@@ -90,20 +91,35 @@ def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps the input alone and writes both halves of its gradient into one tensor."""
+    """Keeps the input alone."""
 
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return result
+        return _swiglu_backward(grad, *ctx.saved_tensors)
+
+
+@fused(rows=True)
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward_in_place(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Writes both halves into one tensor."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    result = torch.empty_like(gate_up)
+    grad_gate, grad_up = result.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    return result
+
+
+@fused(rows=True, on_cpu=_swiglu_backward_in_place)
+def _swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 
 from moe_train.model.parameters import new_parameter, sequence_parallel
+from parallel.fuse import fused
 from parallel.topology import Topology
 
 
@@ -38,25 +39,65 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, size, reduce):
-        x32 = x.float()
-        squares = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_()
-        if reduce is not None:
-            reduce(squares)
-        scale = squares.div_(size).add_(eps).rsqrt_()
-        normed = (x32 * scale).to(x.dtype)
+        if reduce is None:
+            out, scale = _normalize(x, weight, eps)
+        else:
+            scale = reduce(_sum_of_squares(x)).div_(size).add_(eps).rsqrt_()
+            out = _apply_scale(x, weight, scale)
         ctx.save_for_backward(x, weight, scale)
         ctx.size, ctx.reduce = size, reduce
-        return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad32 = grad.float()
-        grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad32 = grad32 * weight
-        mean = torch.linalg.vecdot(grad32, normed).unsqueeze_(-1)
-        if ctx.reduce is not None:
-            ctx.reduce(mean)
-        grad_x = grad32.addcmul_(normed, mean.div_(ctx.size), value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None, None, None
+        if ctx.reduce is None:
+            grad_x, grad_weight = _normalize_backward(grad, x, weight, scale)
+        else:
+            mean, grad_weight = _sums_of_backward(grad, x, weight, scale)
+            grad_x = _rest_of_backward(grad, x, weight, scale, ctx.reduce(mean).div_(ctx.size))
+        return grad_x, grad_weight, None, None, None
+
+
+@fused
+def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
+
+
+@fused
+def _apply_scale(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    normed = (x.float() * scale).to(x.dtype)
+    return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
+
+
+@fused
+def _normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised ``x``, and what each of its vectors was scaled by."""
+    scale = _sum_of_squares.plain(x).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return _apply_scale.plain(x, weight, scale), scale
+
+
+@fused
+def _sums_of_backward(grad, x, weight, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product of gradient and output, summed over the channels, and the gradient of ``weight``."""
+    normed = x.float() * scale
+    grad32 = grad.float()
+    grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return torch.linalg.vecdot(grad32 * weight, normed).unsqueeze(-1), grad_weight
+
+
+@fused
+def _rest_of_backward(grad, x, weight, scale, mean) -> torch.Tensor:
+    normed = x.float() * scale
+    return (grad.float() * weight).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
+
+
+@fused
+def _normalize_backward(grad, x, weight, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of ``x`` and ``weight``."""
+    normed = x.float() * scale
+    grad32 = grad.float()
+    grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    grad32 = grad32 * weight
+    mean = torch.linalg.vecdot(grad32, normed).unsqueeze_(-1).div_(x.shape[-1])
+    return grad32.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight
