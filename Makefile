@@ -15,13 +15,14 @@ MORE ?=
 # make test: what to run, e.g. TESTS=tests/data_pipeline
 TESTS ?= tests
 
-.PHONY: help install demo test test-py312 clean distclean
+.PHONY: help install demo test test-gpu test-py312 clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo              install, build corpora from this machine, train a small JetMoE on two processes, report"
 	@echo "make demo MORE=500K    go on with the complete run of the demo for so many more tokens"
 	@echo "make test              install what the tests need and run them (TESTS=tests/parallel for some of them)"
+	@echo "make test-gpu          what needs a GPU, with the Python that has torch for it (PYTHON=python in NVIDIA's container)"
 	@echo "make test-py312        the same on Python 3.12 with torch $(TORCH312), a build with CUDA"
 	@echo "make install           only install, into .venv (then: . .venv/bin/activate; moe-train --help)"
 	@echo "make clean             remove what the demo built (build/demo) and its run (runs/demo), and caches"
@@ -36,6 +37,10 @@ demo: .venv/.installed
 # One thread a process: the tests start several processes on the cores there are.
 test: .venv/.installed-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+# With the interpreter as it is: a GPU's torch and Transformer Engine are not of this Makefile's making. -s shows what was measured.
+test-gpu:
+	$(PYTHON) -m pytest -s tests/gpu
 
 # torch comes first and on its own: the version that constraints.txt pins has a build for CPUs, while a newer one, which
 # an unconstrained requirement of another package could pick, drags in gigabytes of CUDA.

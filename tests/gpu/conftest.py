@@ -1,0 +1,44 @@
+"""Two sides: a rank on the CPU, and one on the GPU where there is one. What needs the latter is marked ``gpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from parallel.testing import RankPool
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(scope="session")
+def side() -> Iterator[Callable]:
+    """``side(device, function, ...)``: what `tests.gpu.on_a_side:function` answers in a process that has ``cpu`` or ``cuda`` alone.
+    ``fresh=True`` takes a new process."""
+    pools: dict[str, RankPool] = {}
+
+    def run(device: str, function: str, *args, fresh: bool = False, **kwargs):
+        if fresh and device in pools:
+            pools.pop(device).close()
+        if device not in pools:
+            pools[device] = RankPool(1, timeout=400)
+        with pytest.MonkeyPatch.context() as environment:
+            if device == "cpu":  # its process inherits this when it starts
+                environment.setenv("CUDA_VISIBLE_DEVICES", "")
+            target = function if ":" in function else f"tests.gpu.on_a_side:{function}"
+            (answer,) = pools[device].run(target, *args, **kwargs)
+        return answer
+
+    yield run
+    for pool in pools.values():
+        pool.close()

@@ -1,0 +1,90 @@
+"""Logits, gradients and losses of the GPU against the CPU's of the same model.
+
+What needs no GPU runs the same comparison between a CPU and itself in another precision, so that it is known to work, and to fail.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.comparisons import BF16, FP32, assert_close, assert_curve_follows, typical_distance
+from tests.gpu.on_a_side import model
+
+gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+STEPS = 12
+FP8_TOLERANCE = 0.05
+"""Of each loss of an FP8 curve, relative to the bf16 curve."""
+
+
+@pytest.fixture(scope="module")
+def on_cpu(side) -> dict:
+    return side("cpu", "outputs")
+
+
+@pytest.fixture(scope="module")
+def bf16_curve(side) -> list[float]:
+    return side("cpu", "curve", STEPS, precision="bf16")
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp32(side, on_cpu, device, recompute) -> None:
+    assert_close(side(device, "outputs", recompute=recompute), on_cpu, FP32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16(side, on_cpu, device) -> None:
+    found = side(device, "outputs", precision="bf16")
+    assert_close(found, on_cpu, BF16)
+    assert typical_distance(found["logits"], on_cpu["logits"]) > FP32.logits, "this was fp32"
+
+
+@gpu
+def test_bf16_with_transformer_engine(side, on_cpu) -> None:
+    pytest.importorskip("transformer_engine")
+    assert_close(side("cuda", "outputs", precision="bf16", kernels="transformer_engine"), on_cpu, BF16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_by_loss(side, bf16_curve, device) -> None:
+    assert_curve_follows(side(device, "curve", STEPS, precision="bf16"), bf16_curve, 0.01)
+
+
+@gpu
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
+    pytest.importorskip("transformer_engine")
+    reason = side("cuda", "why_not", recipe)
+    if reason:
+        pytest.skip(reason)
+    options = dict(precision="bf16", kernels="transformer_engine", recipe=recipe)
+    assert_curve_follows(side("cuda", "curve", STEPS, **options), bf16_curve, FP8_TOLERANCE)
+    bf16 = side("cuda", "outputs", precision="bf16", kernels="transformer_engine")
+    assert typical_distance(side("cuda", "outputs", **options)["logits"], bf16["logits"]) > 0.005, "these are the logits of bf16"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_chains(side, device, precision) -> None:
+    """What `torch.compile` fuses against the same without it. bf16 may be rounded less often."""
+    found = side(device, "outputs", precision=precision)
+    assert_close(found, side(device, "outputs", precision=precision, compiled=False), FP32 if precision == "fp32" else BF16)
+
+
+def test_a_difference_is_found(side, on_cpu) -> None:
+    with pytest.raises(AssertionError, match="logits"):
+        assert_close(side("cpu", "outputs", seed=6), on_cpu, BF16)
+    with pytest.raises(AssertionError, match="attention.output.weight"):
+        broken = dict(on_cpu["gradients"])
+        broken["layers.1.attention.output.weight"] = broken["layers.1.attention.output.weight"] * 0.5
+        assert_close({**on_cpu, "gradients": broken}, on_cpu, BF16)
+    config = model()
+    assert on_cpu["logits"].shape == (2, 128, config.vocab_size)
+    assert sum(gradient.size for gradient in on_cpu["gradients"].values()) == config.num_parameters()
+    with pytest.raises(AssertionError):
+        assert_curve_follows([2.0, 1.0], [2.0, 1.2], 0.05)
+
+
+def test_a_recipe_needs_a_gpu(side) -> None:
+    assert "needs a GPU" in side("cpu", "why_not", "blockwise")
