@@ -33,7 +33,7 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 def build(
     layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5,
-    row_multiple=1,
+    row_multiple=None,
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -45,8 +45,9 @@ def build(
 
     options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end)
     chunks = build_model(model, topology, options)
-    for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "dispatcher")):
-        module.dispatcher.row_multiple = row_multiple
+    if row_multiple is not None:
+        for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "dispatcher")):
+            module.dispatcher.row_multiple = row_multiple
     monitor = RouterMonitor(chunks, topology, gates=True)
     wrapped = wrap_data_parallel(chunks, overlap=False)
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision == "bf16")
