@@ -170,6 +170,13 @@ def layout(
     calibrate: Annotated[
         Optional[str], typer.Option(metavar="FILE", help="metrics.jsonl of this run file on these nodes.")
     ] = None,
+    measured: Annotated[
+        Optional[str], typer.Option(metavar="FILE", help="A step of one GPU: of h100_step.py or `profile`.")
+    ] = None,
+    contestant: Annotated[
+        str, typer.Option(metavar="NAME", help="Of those in --measured, e.g. ours-fp8-tensorwise-share.")
+    ] = "ours",
+    routing: Annotated[str, typer.Option(metavar="KIND", help="In --measured: learned or balanced.")] = "balanced",
     micro_batch: Annotated[
         Optional[List[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
     ] = None,
@@ -181,6 +188,7 @@ def layout(
     \b
     moe-train plan layout jetmoe_8b --nodes 12 --gpu h100
     moe-train plan layout run.yaml --nodes 2 --calibrate runs/trial/metrics.jsonl
+    moe-train plan layout jetmoe_8b --nodes 12 --measured h100.json --contestant ours-share
     """
     from moe_train.plan.layouts import layout as show
 
@@ -190,6 +198,9 @@ def layout(
         nodes=nodes,
         gpu=gpu,
         calibrate=calibrate,
+        measured=measured,
+        contestant=contestant,
+        routing=routing,
         micro_batches=micro_batch or None,
         best=best,
         as_json=as_json,

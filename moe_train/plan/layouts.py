@@ -12,6 +12,7 @@ from moe_train.errors import UserError
 from moe_train.plan import shards
 from moe_train.plan.activations import dispatch_bytes, logits_bytes, stage_bytes
 from moe_train.plan.hardware import Constant, Hardware, load_hardware
+from moe_train.plan.measured import MeasuredStep, assumptions, check_measured, read_measured
 from moe_train.plan.memory import workload
 from moe_train.plan.quantities import gib, table
 from moe_train.plan.step_time import StepTime, model_flops_utilisation, step_time
@@ -74,6 +75,9 @@ def layout(
     nodes: int | None = None,
     gpu: str = "h100",
     calibrate: str | None = None,
+    measured: str | None = None,
+    contestant: str = "ours",
+    routing: str = "balanced",
     micro_batches: list[int] | None = None,
     best: int = 10,
     as_json: bool = False,
@@ -84,7 +88,9 @@ def layout(
         nodes: of `gpu`; None: those of the run file's section launch.
         calibrate: a metrics.jsonl (or a run's folder) of this run file, with its layout, on these nodes: the
             compute efficiency of the hardware file is replaced by the one that gives its step time.
-        micro_batches: micro-batch sizes to try; None: powers of two.
+        measured: a step of one GPU (`moe_train.plan.measured`) that takes the place of the modelled computation; `contestant`
+            and `routing` are those of the benchmark.
+        micro_batches: micro-batch sizes to try; None: powers of two; the one measured.
 
     Raises an error with ``exit_code`` 2, one line; also when nothing fits.
     """
@@ -92,9 +98,18 @@ def layout(
 
     config, hardware = load_plan(run, overrides), load_hardware(gpu)
     world = (nodes or config.launch.nodes) * hardware.node_size
+    step = None
     if calibrate is not None:
+        if measured is not None:
+            raise UserError("give --calibrate or --measured, not both")
         hardware = calibrated(config, world, hardware, calibrate)
-    everything = list(candidates(config, world, hardware, micro_batches))
+    if measured is not None:
+        step = read_measured(measured, contestant, routing)
+        check_measured(step, config, hardware)
+        if micro_batches not in (None, [step.micro_batch_size]):
+            raise UserError(f"--micro-batch: the measured step has micro-batches of {step.micro_batch_size}; leave it out")
+        micro_batches = [step.micro_batch_size]
+    everything = list(candidates(config, world, hardware, micro_batches, step))
     fitting = sorted(
         (c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds
     )
@@ -110,7 +125,9 @@ def layout(
     answer = {
         "world_size": world,
         "gpu": hardware.name,
-        "compute_efficiency": hardware.compute_efficiency.model_dump(),
+        "compute_efficiency": None if step else hardware.compute_efficiency.model_dump(),
+        "measured": step.as_dict() if step else None,
+        "assumptions": assumptions(step, hardware) if step else None,
         "legal": len(everything),
         "fitting": len(fitting),
         "best": [candidate.as_dict() for candidate in fitting[:best]],
@@ -119,26 +136,33 @@ def layout(
 
 
 def candidates(
-    config: RunConfig, world: int, hardware: Hardware, micro_batches: list[int] | None = None
+    config: RunConfig,
+    world: int,
+    hardware: Hardware,
+    micro_batches: list[int] | None = None,
+    measured: MeasuredStep | None = None,
 ) -> Iterator[Candidate]:
-    """Every legal layout with the least recomputation that fits (full, where none does)."""
+    """Every legal layout with the least recomputation that fits (full, where none does); with a `measured` step those that
+    it can stand for."""
     batch = config.training.global_batch_size
     sizes = micro_batches or [size for size in (1, 2, 4, 8, 16) if batch % size == 0]
     for parallel in _divisions(config, world):
+        if measured and (parallel["tensor"] > 1 or measured.expert_ranks not in (1, parallel["expert"])):
+            continue
         for size in sizes:
             try:
                 changed = _changed(config, parallel, size, "none")
                 shape = changed.layout(world)
             except (LayoutError, ValueError):
                 continue
-            for recompute in RECOMPUTE:
-                candidate = evaluate(_changed(config, parallel, size, recompute), shape, hardware)
+            for recompute in [measured.recompute] if measured else RECOMPUTE:
+                candidate = evaluate(_changed(config, parallel, size, recompute), shape, hardware, measured)
                 if candidate.bytes <= hardware.usable_bytes:
                     break
             yield candidate
 
 
-def evaluate(config: RunConfig, shape: Layout, hardware: Hardware) -> Candidate:
+def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: MeasuredStep | None = None) -> Candidate:
     """Memory and time of one layout with the config's micro-batch size and recomputation."""
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
@@ -156,7 +180,7 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware) -> Candidate:
         for index, worst in enumerate((False, True)):
             kept = stage_bytes(work, stage, count, training.recompute, worst) + dispatch_bytes(work, worst)
             largest[index] = max(largest[index], state + kept)
-    time = step_time(work, hardware, first or [], count, training.recompute)
+    time = step_time(work, hardware, first or [], count, training.recompute, measured)
     rate = config.tokens_per_step / time.seconds / shape.world_size
     mfu = model_flops_utilisation(config.model, work.sequence_length, rate, hardware)
     return Candidate(config, shape, largest[0], largest[1], time, mfu, rate)
@@ -259,9 +283,30 @@ def render(answer: dict[str, Any]) -> str:
     title = (
         f"{answer['world_size']} {answer['gpu']}: {answer['fitting']} of {answer['legal']} legal layouts fit"
     )
-    efficiency = answer["compute_efficiency"]
-    lines = [table(title, columns, rows)]
-    lines.append(f"compute efficiency {efficiency['value']:.3f}: {efficiency['source']}")
+    if answer["measured"]:
+        lines = [*_render_measured(answer), table(f"EXTRAPOLATED, measured by nobody: {title}", columns, rows)]
+    else:
+        efficiency = answer["compute_efficiency"]
+        lines = [table(title, columns, rows)]
+        lines.append(f"compute efficiency {efficiency['value']:.3f}: {efficiency['source']}")
     lines.append("the best as a patch of the run file (the micro-batch size is part of the arithmetic):")
     lines.append(yaml.safe_dump(answer["best"][0]["patch"], sort_keys=False).rstrip())
     return "\n".join(lines)
+
+
+def _render_measured(answer: dict[str, Any]) -> list[str]:
+    """What was measured, and what is assumed between it and what follows."""
+    step = answer["measured"]
+    share = f"one of {step['expert_ranks']} ranks' share of the experts, " if step["expert_ranks"] > 1 else ""
+    mfu = f", MFU {step['mfu']:.1%}" if step["mfu"] is not None else ""
+    return [
+        f"MEASURED on one {step['device']} ({step['source']}):",
+        f"  {step['layers']} layers, {share}{step['routing']} routing, {step['micro_batches']} micro-batches of"
+        f" {step['micro_batch_size']} x {step['sequence_length']} tokens, recompute {step['recompute']}",
+        f"  {step['step_seconds']:.4g} s a step, {step['tokens_per_second']:,.0f} tokens/s{mfu}",
+        f"  of it a layer {1e3 * step['layer_seconds']:.3g} ms and the head"
+        f" {1e3 * step['head_seconds'] / step['micro_batches']:.3g} ms of each micro-batch, the update"
+        f" {1e3 * step['optimizer_seconds']:.3g} ms",
+        "ASSUMED:",
+        *(f"- {each}" for each in answer["assumptions"]),
+    ]

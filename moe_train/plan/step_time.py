@@ -3,7 +3,7 @@
     step = (micro-batches + bubble) * (compute + exchanges of one micro-batch) + reduction + gather + update
 
 Compute is operations over ``peak * compute_efficiency``: that efficiency is the one number that
-`--calibrate` fits. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides
+`--calibrate` fits. Or it is what a measured step of one GPU says. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides
 behind the backward pass of the last micro-batch as far as it can; the gather of the weights and the update
 do not. Routing is taken as balanced.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from moe_train.model.config import ModelConfig
 from moe_train.plan.activations import Workload
 from moe_train.plan.hardware import Hardware
+from moe_train.plan.measured import MeasuredStep
 from moe_train.plan.shards import Buffer
 
 UPDATE_BYTES = 34
@@ -99,19 +100,29 @@ def reduced_bytes(buffers: list[tuple[Buffer, bool]]) -> tuple[float, float]:
 
 
 def step_time(
-    work: Workload, hardware: Hardware, buffers: list[tuple[Buffer, bool]], micro_batches: int, recompute: str
+    work: Workload,
+    hardware: Hardware,
+    buffers: list[tuple[Buffer, bool]],
+    micro_batches: int,
+    recompute: str,
+    measured: MeasuredStep | None = None,
 ) -> StepTime:
     """The expected time of a step whose slowest stage is the last one (it has the head as well).
 
     Args:
         buffers: those of the first stage, as `moe_train.plan.shards.buffers` gives them.
         micro_batches: of one data rank in a step.
+        measured: what stands for computation and update, of this micro-batch size and recomputation; without tensor
+            parallelism.
     """
     layout = work.layout
     virtual = layout.virtual_pipeline or 1
     layers = work.model.num_layers // layout.pipeline
-    speed = hardware.peak_flops * hardware.compute_efficiency.value
-    compute = (3 * forward_flops(work, True, layers) + recomputed_flops(work, recompute, layers)) / speed
+    if measured is not None:
+        compute = measured.compute(layers)
+    else:
+        speed = hardware.peak_flops * hardware.compute_efficiency.value
+        compute = (3 * forward_flops(work, True, layers) + recomputed_flops(work, recompute, layers)) / speed
     tensor_bytes, expert_bytes = exchanged_bytes(work, recompute, layers)
     tensor = tensor_bytes / hardware.bandwidth(layout.tensor)
     expert = expert_bytes / hardware.bandwidth(layout.expert)
@@ -126,7 +137,10 @@ def step_time(
     link = hardware.bandwidth(stage_ranks)
     exposed = max(0.0, reduced / link - 2 / 3 * compute) + gathered / link
     owned = sum(buffer.size / buffer.ranks for buffer, _ in buffers)
-    update = owned * UPDATE_BYTES / (hardware.memory_bandwidth_gbs.value * 1e9)
+    if measured is not None:
+        update = measured.update(owned)
+    else:
+        update = owned * UPDATE_BYTES / (hardware.memory_bandwidth_gbs.value * 1e9)
     return StepTime(
         seconds=micro_batches * once + bubble + exposed + update,
         compute=micro_batches * compute,

@@ -17,6 +17,7 @@ from parallel.rank_env import rank_environment
 from parallel.spawn import local_gpus, run_rank, run_ranks
 
 if TYPE_CHECKING:
+    from parallel.layout import Layout
     from parallel.topology import Topology
 
 TARGET = "moe_train.profile.run:profile_rank"
@@ -86,10 +87,26 @@ def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) ->
     result = profile_steps(step, steps, topology, speed, run.tokens_per_step, Path(out))
     trainer.close()
     if topology.rank == 0:
-        (Path(out) / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(asdict(result)) if as_json else render(result, layout.world_size, out))
+        whole = {**asdict(result), "slice": slice_of(run, layout)}
+        (Path(out) / "profile.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(whole) if as_json else render(result, layout.world_size, out))
     engine.stop()
     return 0
+
+
+def slice_of(run: RunConfig, layout: Layout) -> dict[str, Any]:
+    """What a step of the run computes: enough to plan other layouts from its time."""
+    training = run.training
+    return {
+        "world_size": layout.world_size,
+        "layers": run.model.num_layers,
+        "parameters": run.model.num_parameters(),
+        "micro_batches": training.global_batch_size // (training.micro_batch_size * layout.data),
+        "micro_batch_size": training.micro_batch_size,
+        "sequence_length": run.mixture.sequence_length,
+        "precision": training.precision,
+        "recompute": training.recompute,
+    }
 
 
 def profile_steps(

@@ -120,6 +120,9 @@ def test_the_command(tmp_path):
         "trace_rank_00000.json.gz",
         "trace_rank_00001.json.gz",
     ]
+    assert result["slice"]["world_size"] == 2 and result["slice"]["sequence_length"] == 16
+    slice_ = result["slice"]
+    assert 2 * slice_["micro_batches"] * slice_["micro_batch_size"] * slice_["sequence_length"] == 64
     assert not (tmp_path / "run").exists(), "the run's own folder was touched"
     again = profile(tmp_path, "--nproc", "2", "--out", "there")
     assert again.returncode == 2 and "there" in again.stderr and again.stderr.count("\n") == 1
