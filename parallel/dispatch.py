@@ -34,6 +34,11 @@ class ExpertRows:
         """The same as plain numbers; waits for the device when it is asked for the first time."""
         return self.per_expert.tolist()
 
+    @property
+    def known_to_host(self) -> bool:
+        """Whether :attr:`counts` has no need to wait."""
+        return "counts" in self.__dict__ or not self.per_expert.is_cuda
+
     @cached_property
     def offsets(self) -> torch.Tensor:
         """Where the rows of each expert end, int32 ``[E]`` on the device."""

@@ -19,19 +19,18 @@ from typing import Any
 import torch
 
 
-def fused(function: Callable | None = None, *, rows: bool = False, on_cpu: Callable | None = None) -> Callable:
+def fused(function: Callable | None = None, *, rows: bool = False, eager: Callable | None = None) -> Callable:
     """Decorate a pure function of tensors: compiled on GPUs.
 
     Args:
-        rows: the first dimension of its tensors is a number of rows that is another at each call (those with fewer
-            than two dimensions and those with one row, such as weights, excepted).
-        on_cpu: the same function for CPUs, in place where that is faster; ``function`` is then its definition.
+        rows: the first dimension of all its tensors is a number of rows, another at each call.
+        eager: the same function where it is not compiled, in place where that is faster; ``function`` is its definition.
 
     The result has two attributes for tests: ``plain``, the definition, and ``compiled``, on any device.
     """
     if function is None:
-        return functools.partial(fused, rows=rows, on_cpu=on_cpu)
-    uncompiled = on_cpu or function
+        return functools.partial(fused, rows=rows, eager=eager)
+    uncompiled = eager or function
 
     @functools.cache
     def compiler() -> Callable:
@@ -42,23 +41,23 @@ def fused(function: Callable | None = None, *, rows: bool = False, on_cpu: Calla
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         if rows:
             for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.dim() > 1 and len(arg) > 1:
+                if isinstance(arg, torch.Tensor):
                     torch._dynamo.maybe_mark_dynamic(arg, 0)
         with torch.no_grad():
             return compiler()(*args)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        first = args[0]
-        if not first.is_cuda:
-            return uncompiled(*args)
-        # A size of 0 or 1 is never dynamic: it would be compiled for itself.
-        if len(first) < 2 or torch.are_deterministic_algorithms_enabled() or not has_compiler():
-            return function(*args)
-        return compiled(*args)
+        return (compiled if compiles(args[0]) else uncompiled)(*args)
 
     call.plain, call.compiled = function, compiled
     return call
+
+
+def compiles(tensor: torch.Tensor) -> bool:
+    """Whether what is marked is compiled for this first argument."""
+    # A size of 0 or 1 is never dynamic: it would be compiled for itself.
+    return tensor.is_cuda and len(tensor) > 1 and not torch.are_deterministic_algorithms_enabled() and has_compiler()
 
 
 @functools.cache

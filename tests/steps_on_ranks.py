@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import torch
 
@@ -33,10 +34,11 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 def build(
     layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5,
-    row_multiple=None,
+    row_multiple=None, overlap=False,
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
+    import moe_train.training.optimizer
     from moe_train.model.build import DTYPES, build_model
     from moe_train.model.options import ModelOptions
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
@@ -49,7 +51,8 @@ def build(
         for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "dispatcher")):
             module.dispatcher.row_multiple = row_multiple
     monitor = RouterMonitor(chunks, topology, gates=True)
-    wrapped = wrap_data_parallel(chunks, overlap=False)
+    with mock.patch.object(moe_train.training.optimizer, "BUCKET_SIZE", 3000):  # several buckets of a small model
+        wrapped = wrap_data_parallel(chunks, overlap=overlap)
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision == "bf16")
     return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
 
@@ -153,14 +156,17 @@ def seconds_with_a_sleeper(layout: dict, sleeper: int, nap: float) -> float:
     return stepper.clock.seconds()
 
 
-def drift(layout: dict, parameter: str | None = None, rank: int = 0) -> str:
-    """What the comparison of copies says after some steps, when ``rank`` has one other bit in ``parameter``."""
+def drift(layout: dict, parameter: str | None = None, rank: int = 0, gather: bool = True, **options) -> str:
+    """What the comparison of copies says after some steps, when ``rank`` has one other bit in ``parameter``; whether or not
+    weights are gathered before it."""
     from moe_train.training.replicas import check_replicas
 
     config = small_model()
-    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config)
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
     run_steps(built, range(3), config.vocab_size)
     chunks, topology = built[0], built[-1]
+    if gather:
+        built[2].gather_weights()
     if parameter and topology.rank == rank:
         (held,) = [each for chunk in chunks for each in chunk.parameters() if each.placement.name == parameter]
         held.detach().view(-1).view(torch.int32)[0] ^= 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moe_train.model.gradients import add_to_main_grad, has_main_grad
+from moe_train.model.gradients import add_product, added_to_main_grad, has_main_grad
 from moe_train.model.parameters import expert_parallel, new_parameter, sequence_parallel
 from parallel.dispatch import ExpertRows
 from parallel.topology import Topology
@@ -58,7 +58,7 @@ class GroupedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         """``[rows, in]`` sorted by expert to ``[rows, out]``."""
         if x.is_cuda and suits_grouped_mm(x, self.weight):
-            return grouped_mm(x, self.weight, rows.offsets)
+            return grouped_mm(x, self.weight, rows)
         return _GroupedLinear.apply(x, self.weight, rows.counts)
 
 
@@ -73,10 +73,45 @@ def suits_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned and len(x) > 0
 
 
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """torch's grouped matrix product, which asks the host nothing. ``offsets`` int32 ``[E]``: where each expert's rows end; there are
-    no rows beyond the last, which it would leave uninitialised."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+    """torch's grouped matrix product, which asks the host nothing. There are no rows beyond those of the experts, which it would
+    leave uninitialised."""
+    return _GroupedMM.apply(x, weight, rows)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """The grouped product gives weight gradients in the precision of its operands. Where the host knows the counts (it does with
+    expert parallelism) each expert's product is added to the fp32 ``main_grad`` by itself: 8 bytes of memory traffic a weight for
+    12, and nothing is rounded."""
+
+    @staticmethod
+    def forward(ctx, x, weight, rows):
+        ctx.save_for_backward(x, weight)
+        ctx.rows = rows
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = F.grouped_mm(grad, weight, offs=ctx.rows.offsets) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        if has_main_grad(weight) and ctx.rows.known_to_host:
+            _add_weight_gradients(weight, grad, x, ctx.rows.counts)
+            return grad_x, None, None
+        grad_weight = F.grouped_mm(grad.t(), x, offs=ctx.rows.offsets)
+        if has_main_grad(weight):
+            weight.main_grad.add_(grad_weight)
+            added_to_main_grad(weight)
+            return grad_x, None, None
+        return grad_x, grad_weight, None
+
+
+def _add_weight_gradients(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, counts: list[int]) -> None:
+    for into, rows, inputs in zip(weight.main_grad.unbind(), grad.split(counts), x.split(counts)):
+        if len(rows):
+            add_product(into, rows.t(), inputs)
+    added_to_main_grad(weight)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -99,13 +134,10 @@ class _GroupedLinear(torch.autograd.Function):
                 torch.mm(rows, w, out=result)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        pairs = list(zip(grad.split(ctx.counts), x.split(ctx.counts)))
         if has_main_grad(weight):
-            for into, (rows, inputs) in zip(weight.main_grad.unbind(), pairs):
-                if len(rows):
-                    add_to_main_grad(into, rows.t(), inputs)
+            _add_weight_gradients(weight, grad, x, ctx.counts)
             return grad_x, None, None
         grad_weight = torch.empty_like(weight)
-        for into, (rows, inputs) in zip(grad_weight.unbind(), pairs):
+        for into, rows, inputs in zip(grad_weight.unbind(), grad.split(ctx.counts), x.split(ctx.counts)):
             torch.mm(rows.t(), inputs, out=into)  # an expert without rows gets zeros
         return grad_x, grad_weight, None

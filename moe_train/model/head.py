@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, gather_from_tensor_model_parallel_region
 
-from moe_train.model.gradients import has_main_grad
+from moe_train.model.gradients import add_product, added_to_main_grad, has_main_grad
+from parallel.fuse import compiles, fused
 from parallel.topology import Topology
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -55,21 +56,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         valid_weight = weight[: head.valid]
         chunk = min(count, max(64, LOGITS_PER_CHUNK[x_nh.device.type] // len(weight)))
         buffer = x_nh.new_empty(chunk, head.valid)
+        cross_entropy = _cross_entropy_fused if head.valid and compiles(x_nh) else _cross_entropy_in_place
         for begin in range(0, count, chunk):
             part = slice(begin, min(begin + chunk, count))
             x, labels = x_nh[part], labels_n[part] - head.first
-            logits = torch.mm(x, valid_weight.t(), out=buffer[: len(x)]).float()
-            nll[part], probability, ours = _softmax_statistics(logits, labels, head)
+            logits = torch.mm(x, valid_weight.t(), out=buffer[: len(x)])
+            nll[part], grad_logits = cross_entropy(logits, labels, head, count if with_grad else None)
             if with_grad:
-                if head.valid:
-                    at = labels.clamp(0, head.valid - 1)[:, None]
-                    probability.scatter_(1, at, probability.gather(1, at).sub_(ours[:, None].float()))
-                grad_logits = probability.div_(count).to(x.dtype)
                 torch.mm(grad_logits, valid_weight, out=grad_x[part])
-                if x.dtype == grad_w.dtype:
-                    grad_w[: head.valid].addmm_(grad_logits.t(), x)
-                else:
-                    grad_w[: head.valid] += grad_logits.t() @ x
+                add_product(grad_w[: head.valid], grad_logits.t(), x)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, weight)
         ctx.mark_non_differentiable(nll)
@@ -81,13 +76,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x.mul_(grad_loss)
         if has_main_grad(weight):
             weight.main_grad.addcmul_(grad_w, grad_loss)
+            added_to_main_grad(weight)
             return grad_x, None, None, None
         return grad_x, grad_w.mul_(grad_loss).to(weight.dtype), None, None
 
 
-def _softmax_statistics(logits: torch.Tensor, labels: torch.Tensor, head: VocabularyHead):
-    """Negative log-likelihoods ``[n]``, this rank's probabilities ``[n, V / TP]`` (in place) and which labels are on this rank."""
+def _cross_entropy_in_place(logits, labels, head: VocabularyHead, count: int | None):
+    """Of logits ``[n, V / TP]`` the negative log-likelihoods ``[n]``, and with a ``count`` of tokens the gradient of their
+    mean by the logits, in the precision of these. One fp32 tensor of the logits' shape, written over again and again."""
+    dtype, logits = logits.dtype, logits.float()
     ours = (labels >= 0) & (labels < head.valid)
+    at = labels.clamp(0, max(head.valid - 1, 0))[:, None]
     empty = logits.shape[1] == 0  # a rank may hold nothing but padding
     top = logits.new_full((len(logits),), -torch.inf) if empty else logits.amax(dim=1)
     top = head.topology.max_over_tensor_ranks(top)
@@ -95,8 +94,40 @@ def _softmax_statistics(logits: torch.Tensor, labels: torch.Tensor, head: Vocabu
     if empty:
         target = logits.new_zeros(len(logits))
     else:  # without a mask as an index, which would have the host wait for a GPU
-        target = logits.gather(1, labels.clamp(0, head.valid - 1)[:, None])[:, 0].mul_(ours)
+        target = logits.gather(1, at)[:, 0].mul_(ours)
     probability = logits.exp_()
-    sums = head.topology.sum_over_tensor_ranks(torch.stack([probability.sum(dim=1), target]))
-    total, target = sums
-    return total.log() - target, probability.div_(total[:, None]), ours
+    total, target = head.topology.sum_over_tensor_ranks(torch.stack([probability.sum(dim=1), target]))
+    nll = total.log() - target
+    if count is None:
+        return nll, None
+    probability.div_(total[:, None])
+    if not empty:
+        probability.scatter_(1, at, probability.gather(1, at).sub_(ours[:, None].float()))
+    return nll, probability.div_(count).to(dtype)
+
+
+def _cross_entropy_fused(logits, labels, head: VocabularyHead, count: int | None):
+    """The same in passes that each read the logits as they are and write no other tensor of their size but the gradient."""
+    top = head.topology.max_over_tensor_ranks(_largest(logits))
+    total, target = head.topology.sum_over_tensor_ranks(_total_and_target(logits, labels, top))
+    return total.log() - target, None if count is None else _gradient(logits, labels, top, total, 1 / count)
+
+
+@fused(rows=True)
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.amax(dim=1).float()
+
+
+@fused(rows=True)
+def _total_and_target(logits: torch.Tensor, labels: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """``[2, n]``: the sum of the exponentials, and the logit of the label where it is on this rank; both below ``top``."""
+    at = labels.clamp(0, logits.shape[1] - 1)[:, None]
+    target = (logits.gather(1, at)[:, 0].float() - top) * (at[:, 0] == labels)
+    return torch.stack([(logits.float() - top[:, None]).exp().sum(dim=1), target])
+
+
+@fused(rows=True)
+def _gradient(logits, labels, top, total, scale) -> torch.Tensor:
+    probability = (logits.float() - top[:, None]).exp() / total[:, None]
+    chosen = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    return ((probability - chosen.float()) * scale).to(logits.dtype)

@@ -119,7 +119,7 @@ def _swiglu_backward_in_place(grad: torch.Tensor, gate_up: torch.Tensor) -> torc
     return result
 
 
-@fused(rows=True, on_cpu=_swiglu_backward_in_place)
+@fused(rows=True, eager=_swiglu_backward_in_place)
 def _swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)

@@ -48,13 +48,13 @@ def _turn_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: 
     return out
 
 
-@fused(on_cpu=_turn_in_place)
+@fused(eager=_turn_in_place)
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-@fused(on_cpu=functools.partial(_turn_in_place, sign=-1))
+@fused(eager=functools.partial(_turn_in_place, sign=-1))
 def _turn_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)

@@ -62,6 +62,7 @@ def train(
                 _give_up(fault, trainer, recorder, checkpointer, step, position.samples + batch_size)
         position.step, position.samples = step, position.samples + batch_size
         if _due(config.faults.check_replicas, step, tokens, trainer.tokens):
+            trainer.optimizer.gather_weights()
             check_replicas(trainer.model, trainer.topology)
 
         line = {
@@ -76,6 +77,7 @@ def train(
             **recorder.speed(trainer.tokens - tokens, time.perf_counter() - began),
         }
         if compared := _due(config.logging.expert_similarity, step, tokens, trainer.tokens):
+            trainer.optimizer.gather_weights()
             for name, similarity in expert_similarities(trainer.model, trainer.topology).items():
                 figures.routers[name]["similarity"] = similarity
         if compared or _due(config.logging.interval, step, tokens, trainer.tokens):

@@ -22,14 +22,23 @@ from moe_train.training.config import OptimizerConfig
 from moe_train.training.offload import OffloadedAdamW
 
 
+BUCKET_SIZE = 40_000_000
+"""Elements of a bucket at least, where communication is overlapped: large enough for the network's full bandwidth."""
+
+
 def wrap_data_parallel(chunks: list[Transformer], overlap: bool) -> list[DistributedDataParallel]:
-    """Give each chunk a gradient buffer and its reduction; ``overlap`` runs the reduction beside the backward (GPUs)."""
+    """Give each chunk a gradient buffer and its reduction.
+
+    With ``overlap`` (GPUs) gradients are reduced beside the backward, bucket by bucket, and updated weights gathered beside the next
+    forward, each bucket before the first module that needs it. Between an update and that forward a rank's weights are
+    whole only after :meth:`Optimizer.gather_weights`.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=False,
-        bucket_size=40_000_000 if overlap else None,
+        overlap_param_gather=overlap,
+        bucket_size=BUCKET_SIZE if overlap else None,
     )
     wrapped = [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0 or not overlap)
@@ -39,9 +48,8 @@ def wrap_data_parallel(chunks: list[Transformer], overlap: bool) -> list[Distrib
     engine.finalize_model_grads_func = finalize_model_grads
     if overlap:
         engine.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    else:
-        for chunk in chunks:
-            accumulate_in_place(chunk)
+    for chunk in chunks:
+        accumulate_in_place(chunk)
     return wrapped
 
 
@@ -124,6 +132,12 @@ class Optimizer:
             for group in part.optimizer.param_groups:
                 group["lr"] = lr
         self._chain.step_with_ready_grads()
+
+    def gather_weights(self) -> None:
+        """Make this rank's weights whole where the next forward would: before they are read outside of one. Every rank calls it."""
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     # ---- state, for checkpoints
 
