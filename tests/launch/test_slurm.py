@@ -64,6 +64,22 @@ def test_what_the_script_says(tmp_path: Path) -> None:
     assert "\n#SBATCH --dependency=singleton\n" in chain and "\nCHAIN=1\n" in chain
 
 
+def test_everything_runs_in_the_container(tmp_path: Path, monkeypatch) -> None:
+    """The check of the files, the look at the nodes and the ranks: pyxis' options on each srun, with the image's own Python."""
+    monkeypatch.chdir(tmp_path)
+    image, mounts = "/shared/images/moe-train.sqsh", [f"{tmp_path}:{tmp_path}", "/shared"]
+    cluster = {"gpus_per_node": 8, "container": {"image": image, "mounts": mounts}, "scratch": "/local"}
+    run = write_run(tmp_path, cluster=cluster, training={"global_batch_size": 16, "micro_batch_size": 1})
+    script = render(load_job(str(run), nodes=2))
+    starts = script.replace(" \\\n", " ").split("srun --")[1:]
+    in_it = [each.split("\n")[0] for each in starts if "--container-image" in each.split("\n")[0]]
+    assert len(in_it) == 3
+    for start in in_it:
+        assert f"--container-image={image} " in start
+        assert f"--container-mounts={tmp_path}:{tmp_path},/shared:/shared,/local:/local " in start
+        assert " python -m " in start
+
+
 def test_dry_run_prints_the_script_alone_and_writes_nothing(tmp_path: Path, capsys) -> None:
     run = write_run(tmp_path)
     (tmp_path / "web.bin").unlink()
