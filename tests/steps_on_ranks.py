@@ -45,7 +45,9 @@ def build(
     from moe_train.training.router_monitor import RouterMonitor
     from moe_train.training.step import Stepper
 
-    options = ModelOptions(DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end)
+    options = ModelOptions(
+        DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end, kernels=kernels, fp8_recipe=fp8_recipe
+    )
     chunks = build_model(model, topology, options)
     if row_multiple is not None:
         for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "dispatcher")):
@@ -53,7 +55,7 @@ def build(
     monitor = RouterMonitor(chunks, topology, gates=True)
     with mock.patch.object(moe_train.training.optimizer, "BUCKET_SIZE", 3000):  # several buckets of a small model
         wrapped = wrap_data_parallel(chunks, overlap=overlap)
-    optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision == "bf16")
+    optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision != "fp32")
     return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
 
 
@@ -175,3 +177,15 @@ def drift(layout: dict, parameter: str | None = None, rank: int = 0, gather: boo
     except Exception as error:
         return f"{error.exit_code}: {error}"
     return "none"
+
+
+def evaluate_between_steps(layout: dict, **options) -> list[float]:
+    """Losses of three steps, each followed by an evaluation."""
+    config = small_model()
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
+    windows = torch.randint(0, config.vocab_size, (MICRO_BATCH, 16), generator=torch.Generator().manual_seed(99))
+    losses = []
+    for step in range(3):
+        losses.append(run_steps(built, range(step, step + 1), config.vocab_size)[0]["loss"])
+        losses += built[1].evaluate([windows]).tolist()
+    return losses
