@@ -22,8 +22,9 @@ goes through all contestants again, so that a change of the GPU's clocks meets a
 
 Prints one JSON line: for every contestant and routing the median seconds of a step, tokens/s, TFLOP/s, the part of the device's dense bf16
 peak (MFU, for FP8 too), peak memory, milliseconds of each part of a step (`moe-train profile` says what they are; other programs
-have `other` and `idle`), how often the host waits for the GPU, by operation and by line of Python; ``ratios`` are tokens/s over those of
-the first contestant with the same routing. ``--out`` gets a trace of each, and its kernels by name with their time. Progress is on stderr.
+have `other` and `idle`), how often the host waits for the GPU, by operation and by line of Python, and how many of Transformer
+Engine's matrix products were FP8; ``ratios`` are tokens/s over those of the first contestant with the same routing. ``--out`` gets a trace
+of each, and its kernels by name with their time. Progress is on stderr. `moe-train plan layout --measured` goes on from the line.
 """
 from __future__ import annotations
 
@@ -297,8 +298,14 @@ def look_inside(step, name: str, arguments: argparse.Namespace) -> dict[str, Any
 
     from moe_train.profile.operations import waiting_lines
     from moe_train.profile.run import record_steps
+    from parallel.transformer_engine import counted_products
 
     lines = waiting_lines(step, ROOT)
+    products = {}
+    if name.startswith(("ours-te", "ours-fp8")):
+        with counted_products() as count:
+            step()
+        products = {"te_products": {"total": count.total, "fp8": count.fp8}}
     out = Path(arguments.out) / name if arguments.out else None
     found = record_steps(step, min(2, arguments.steps), torch.cuda.is_available(), out)
     milliseconds = {**found.parts, "idle": found.idle}
@@ -306,6 +313,7 @@ def look_inside(step, name: str, arguments: argparse.Namespace) -> dict[str, Any
         "milliseconds": {part: round(1e3 * seconds, 3) for part, seconds in milliseconds.items() if seconds},
         "host_waits": found.host_waits,
         "waiting_lines": lines,
+        **products,
     }
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,43 @@ def test_megatron(model, monkeypatch) -> None:
     steps(contestant, model)
     assert any(len(set(each)) > 1 for each in counts[: len(counts) // 2])
     assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in counts[len(counts) // 2 :])
+
+
+def test_as_many_layers_as_fit(monkeypatch) -> None:
+    import h100_step
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = load_model("jetmoe_8b")
+
+    def fitted(memory: float, **changes) -> int:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+        arguments = dict(precision="bf16", sequence_length=4096, micro_batch_size=1, micro_batches=4, recompute="none")
+        return h100_step.fitted_layers(whole, SimpleNamespace(**{**arguments, **changes}))
+
+    layers = fitted(80e9)
+    state = 18 * whole.model_copy(update={"num_layers": layers}).num_parameters()
+    assert 0.6 * 80e9 < state < h100_step.ROOM * 80e9
+    assert fitted(80e9, recompute="full") >= layers > fitted(80e9, micro_batch_size=4) and fitted(1e12) == whole.num_layers
+    with pytest.raises(SystemExit, match="not one layer fits"):
+        fitted(1e9)
+
+
+def test_rounds_are_put_together() -> None:
+    import h100_step
+
+    def found(*seconds: float) -> dict:
+        return {"device": "NVIDIA H100 80GB HBM3", "flops_per_token": 1e10, "balanced": {"seconds": list(seconds)}}
+
+    results = {"ours": found(0.5, 0.7), "other": found(1.0), "gone": {"error": "x"}}
+    h100_step.merge(results["ours"], found(0.6))
+    h100_step.merge(results["other"], {"error": "OutOfMemoryError: y"})
+    arguments = SimpleNamespace(micro_batches=4, micro_batch_size=1, sequence_length=4096)
+    for each in results.values():
+        h100_step.finish(each, arguments)
+    ours = results["ours"]["balanced"]
+    assert ours["step_seconds"] == 0.6 and ours["mfu"] == pytest.approx(16384 / 0.6 * 1e10 / 989.4e12)
+    assert results["other"]["error"].endswith("y")
+    assert h100_step.ratios(results) == {"ours": {"balanced": 1.0}, "other": {"balanced": 0.6}}
 
 
 def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:

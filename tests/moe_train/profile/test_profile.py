@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,36 @@ def test_operations_by_name(events, tmp_path):
     assert calls["aten::mm"] == sum(event.name == "aten::mm" for event in events[1]) / 2
     write_costliest(events[1], False, 2, tmp_path / "kernels.txt")
     assert rows[0]["name"] in (tmp_path / "kernels.txt").read_text().splitlines()[1]
+
+
+def of_a_gpu(name: str, parent=None, gpu=False, microseconds=0.0, annotation=False) -> SimpleNamespace:
+    """An event as the profiler gives it on a GPU."""
+    kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    span = SimpleNamespace(elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name=name, cpu_parent=parent, device_type=kind, is_user_annotation=annotation, time_range=span, sequence_nr=-1)
+
+
+def test_kernels_and_waits_of_a_gpu():
+    router = of_a_gpu("part: router")
+    item = of_a_gpu("aten::item", router)
+    scalar = of_a_gpu("aten::_local_scalar_dense", item)
+    own = of_a_gpu("profile: wait")
+    events = [
+        *(router, item, scalar, own),
+        of_a_gpu("cudaStreamSynchronize", scalar),
+        of_a_gpu("cudaDeviceSynchronize", own),
+        of_a_gpu("cudaEventSynchronize"),
+        of_a_gpu("cudaLaunchKernel", item),
+        of_a_gpu("nvjet_bf16", gpu=True, microseconds=3000.0),
+        of_a_gpu("sm90_e4m3_gemm", gpu=True, microseconds=2500.0),
+        of_a_gpu("sm90_e4m3_gemm", gpu=True, microseconds=1500.0),
+        of_a_gpu("part: router", gpu=True, microseconds=9000.0, annotation=True),
+    ]
+    assert host_waits(events, gpu=True, steps=2) == {"aten::item in router": 0.5, "cudaEventSynchronize in other": 0.5}
+    assert costliest(events, gpu=True, steps=2) == [
+        {"name": "sm90_e4m3_gemm", "milliseconds": 2.0, "calls": 1.0},
+        {"name": "nvjet_bf16", "milliseconds": 1.5, "calls": 0.5},
+    ]
 
 
 def test_lines_that_wait_are_named():
