@@ -38,7 +38,7 @@ EXTRAS = {
     "export": ["transformers>=5.0", "safetensors>=0.4"],  # to and from Hugging Face
     "data": ["pyarrow>=14.0"],  # raw text in .parquet and .arrow
     "s3": ["s3fs>=2024.2"],  # corpora on an object store
-    "gpu": ["transformer-engine[pytorch]>=2.9"],  # FP8 and fused kernels
+    "gpu": ["transformer-engine[pytorch]>=2.9"],  # FP8 and fused kernels; with --no-build-isolation: docs/gpu.md
     "deepspeed": ["deepspeed>=0.15"],  # its CPU Adam, for optimizer offload
     "test": [
         "pytest>=8.0",

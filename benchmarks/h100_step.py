@@ -7,14 +7,15 @@
 
 Contestants, each in a process of its own, one after the other, with the same layers and the same batch:
 
-    ours                    this project in bf16, with torch's kernels
+    ours                    this project in bf16, with torch's kernels, as where Transformer Engine is not installed
     ours-te                 the same with Transformer Engine's
     ours-fp8-RECIPE         Transformer Engine's in FP8: delayed, tensorwise, blockwise, mxfp8
     ours-share, ours-te-share, ours-fp8-RECIPE-share
                             what one of 8 expert-parallel ranks computes, with synthetic peers: see `contestants.ours` for what of it is
                             measured and what is not
     huggingface-sdpa, huggingface-eager     transformers' JetMoE with torch's AdamW (all of it in bf16)
-    megatron-local, megatron-te             megatron-core's GPTModel of the same size, with grouped-query attention
+    megatron-local, megatron-te             megatron-core's GPTModel of the same size, with grouped-query attention; local: as where
+                            Transformer Engine is not installed
 
 One that fails or does not fit has ``error`` in its entry, and the others go on. ``learned`` is the routing that comes out of the first
 weights, ``balanced`` gives every expert as many tokens, in turn; a contestant takes the two alternately, ``--blocks`` times. ``--rounds``
@@ -54,6 +55,7 @@ CONTESTANTS = (
     "megatron-local",
     "megatron-te",
 )
+WITHOUT_TRANSFORMER_ENGINE = ("ours", "ours-share", "megatron-local")
 ROOM = 0.85
 """Of the GPU's memory, for what the planner counts of ours; the rest is for others, cuBLAS and fragmentation."""
 
@@ -166,6 +168,9 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def answer_as_child(arguments: argparse.Namespace) -> None:
     """Print one line: what was found, or the error's first line."""
+    if arguments.child in WITHOUT_TRANSFORMER_ENGINE:
+        for name in ("transformer_engine", "transformer_engine_torch"):
+            sys.modules[name] = None  # what imports it finds that it is not there: megatron-core's Adam and norms, too
     try:
         answer = describe(arguments) if arguments.child == "machine" else measure(arguments.child, arguments)
     except BaseException as error:
