@@ -159,21 +159,10 @@ def our_step(config, precision: str):
 def their_step(config, precision: str):
     """Hugging Face's model with torch's optimizer, as its documentation would have it."""
     import torch
-    from transformers import JetMoeConfig, JetMoeForCausalLM
+    from rivals import jetmoe_config
+    from transformers import JetMoeForCausalLM
 
-    model = JetMoeForCausalLM(
-        JetMoeConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_key_value_heads=config.attention.num_kv_heads,
-            kv_channels=config.attention.head_dim,
-            num_local_experts=config.mlp.num_experts,
-            num_experts_per_tok=config.mlp.top_k,
-            intermediate_size=config.mlp.ffn_hidden_size,
-            max_position_embeddings=config.max_sequence_length,
-        )
-    ).train()
+    model = JetMoeForCausalLM(jetmoe_config(config)).train()
     if precision == "bf16":
         model = model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
