@@ -9,6 +9,8 @@ from tests.gpu.comparisons import distance
 gpu = pytest.mark.gpu
 KINDS = ["norm", "column", "row", "grouped", "attention"]
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
+TF32 = 2e-3
+"""Transformer Engine multiplies fp32 matrices so, whatever torch is told."""
 
 
 def compare(side, kind: str, found: dict, wanted: dict) -> dict[str, float]:
@@ -28,7 +30,7 @@ def test_transformer_engine(side, kind, precision) -> None:
         pytest.skip("its fused attention takes no fp32")
     ours = {"device": "cuda", "kernels": "torch", "precision": precision}
     apart = compare(side, kind, {**ours, "kernels": "transformer_engine"}, ours)
-    assert max(apart.values()) <= TOLERANCE[precision], apart
+    assert max(apart.values()) <= (TF32 if precision == "fp32" and kind != "norm" else TOLERANCE[precision]), apart
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
