@@ -111,15 +111,6 @@ def _unless_alone(collective: Callable) -> Callable:
     return run
 
 
-def _megatron_own(name: str) -> Callable:
-    """megatron-core's own version, in plain torch, of what it takes from Transformer Engine or Apex where it can."""
-
-    def call(*args):
-        return getattr(importlib.import_module("megatron.core.utils"), name)(*args)
-
-    return call
-
-
 def stand_ins() -> list[StandIn]:
     """Everything that is replaced. Importing the callers is left to :func:`install`."""
     mcore = "megatron.core."
@@ -128,7 +119,6 @@ def stand_ins() -> list[StandIn]:
     dispatcher = mcore + "transformer.moe.token_dispatcher"
     p2p = mcore + "pipeline_parallel.p2p_communication"
     ddp_buffer = mcore + "distributed.param_and_grad_buffer"
-    clip = mcore + "optimizer.clip_grads"
     cuda = "torch.cuda."
     literal = 'device="cuda"', "device='cuda'"
     return [
@@ -152,11 +142,8 @@ def stand_ins() -> list[StandIn]:
             mcore + "optimizer.distrib_optimizer",
             "model_param.type() == 'torch.cuda.FloatTensor'",
         ),
-        # Where Transformer Engine is installed: its Adam and its norms of many tensors need a GPU.
+        # Where Transformer Engine is installed its Adam is taken, which needs a GPU.
         StandIn(mcore + "optimizer.USING_PYTORCH_OPTIMIZER", True, mcore + "optimizer", "if USING_PYTORCH_OPTIMIZER:"),
-        StandIn(clip + ".multi_tensor_applier", _megatron_own("local_multi_tensor_applier"), clip, "multi_tensor_applier("),
-        StandIn(clip + ".l2_norm_impl", _megatron_own("local_multi_tensor_l2_norm"), clip, "l2_norm_impl,"),
-        StandIn(clip + ".multi_tensor_scale_impl", _megatron_own("local_multi_tensor_scale"), clip, "multi_tensor_scale_impl,"),
         # Gradient reduction and parameter gathering of the distributed optimizer.
         StandIn(
             ddp_buffer + ".dist_reduce_scatter_func",
@@ -173,7 +160,7 @@ def stand_ins() -> list[StandIn]:
         # Small tensors made with a literal device.
         StandIn(mcore + "pipeline_parallel.schedules.torch", _TORCH_ON_CPU, mcore + "pipeline_parallel.schedules", literal[0]),
         StandIn(mcore + "optimizer.optimizer.torch", _TORCH_ON_CPU, mcore + "optimizer.optimizer", literal[1]),
-        StandIn(clip + ".torch", _TORCH_ON_CPU, clip, literal[1]),
+        StandIn(mcore + "optimizer.clip_grads.torch", _TORCH_ON_CPU, mcore + "optimizer.clip_grads", literal[1]),
         StandIn(mcore + "utils.torch", _TORCH_ON_CPU, mcore + "utils", literal[1]),
     ]
 
