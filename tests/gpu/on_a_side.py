@@ -36,8 +36,12 @@ def build(
     seed: int = 5,
     length: int = LENGTH,
     batch: int = BATCH,
+    overlap: bool = False,
 ):
-    """(chunks, stepper, optimizer, topology) on this process's device; first weights are drawn on the CPU and so the same on both."""
+    """(chunks, stepper, optimizer, topology) on this process's device; first weights are drawn on the CPU and so the same on both.
+
+    ``overlap``: of communication on a CPU too; on a GPU it is always on.
+    """
     torch.set_float32_matmul_precision("highest")  # no tf32
     torch.backends.cudnn.allow_tf32 = False
     topology = engine.start(ALONE, seed=seed, deterministic=deterministic)
@@ -49,7 +53,7 @@ def build(
 
     options = ModelOptions(DTYPES[precision], seed, recompute, kernels=kernels, fp8_recipe=recipe)
     chunks = build_model(config, topology, options)
-    wrapped = wrap_data_parallel(chunks, overlap=topology.device.type == "cuda")
+    wrapped = wrap_data_parallel(chunks, overlap=overlap or topology.device.type == "cuda")
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=1e-3), bf16=precision == "bf16")
     return chunks, Stepper(wrapped, topology, length, batch), optimizer, topology
 

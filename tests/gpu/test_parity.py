@@ -33,6 +33,12 @@ def test_fp32(side, on_cpu, device, recompute) -> None:
     assert_close(side(device, "outputs", recompute=recompute), on_cpu, FP32)
 
 
+def test_fp32_with_overlap_as_on_a_gpu(side, on_cpu) -> None:
+    assert_close(side("cpu", "outputs", overlap=True), on_cpu, FP32)
+    plain, overlapped = (side("cpu", "curve", 8, overlap=overlap) for overlap in (False, True))
+    assert_curve_follows(overlapped, plain, 1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16(side, on_cpu, device) -> None:
     found = side(device, "outputs", precision="bf16")
