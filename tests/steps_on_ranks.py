@@ -34,7 +34,7 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 def build(
     layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5,
-    row_multiple=None, overlap=False,
+    row_multiple=None, overlap=False, kernels="torch", fp8_recipe=None,
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -189,3 +189,35 @@ def evaluate_between_steps(layout: dict, **options) -> list[float]:
         losses.append(run_steps(built, range(step, step + 1), config.vocab_size)[0]["loss"])
         losses += built[1].evaluate([windows]).tolist()
     return losses
+
+
+def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
+    """Where the host would wait for a GPU in the second step, forward to update, with the kernels of a GPU.
+
+    The expert dispatch copies its numbers to the host together, records an event and waits for it; where they are read after
+    that, they are there.
+    """
+    from moe_train.model.grouped_linear import GroupedLinear, grouped_mm
+    from parallel import cpu_backend
+    from parallel.dispatch import ExpertRows
+    from tests.host_waits import host_waits
+
+    config = small_model(**(model or {}))
+    on_device = property(lambda rows: "counts" in rows.__dict__)
+    with (
+        mock.patch.object(GroupedLinear, "forward", lambda self, x, rows: grouped_mm(x, self.weight, rows)),
+        mock.patch.object(ExpertRows, "known_to_host", on_device),
+    ):
+        built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, precision="bf16")
+        _, stepper, optimizer, monitor, topology = built
+        run_steps(built, range(1), config.vocab_size)
+        windows = torch.randint(0, config.vocab_size, (GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(1))
+        with host_waits() as waits, mock.patch.object(
+            cpu_backend._Stream, "record_event", lambda _: waits.append("counts to the host") or cpu_backend._Event()
+        ):
+            optimizer.zero_grad()
+            monitor.reset()
+            stepper.train(list(windows.split(MICRO_BATCH)))
+            optimizer.update(1e-3, optimizer.gradient_norm())
+    there = [f"tolist in parallel/dispatch.py:{name}" for name in ("exchange_counts", "send", "send_back")]
+    return [wait for wait in waits if wait not in (*there, "tolist in parallel/cpu_backend.py:_splits_as_list")]

@@ -79,7 +79,7 @@ class Optimizer:
 
     def __init__(self, chunks: list[DistributedDataParallel], config: OptimizerConfig, bf16: bool):
         self.clip_grad = config.clip_grad
-        self._chunks = chunks
+        self._chunks, self._topology = chunks, chunks[0].module.topology
         no_decay = ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1))
         self._chain = get_megatron_optimizer(
             EngineOptimizerConfig(
@@ -120,7 +120,10 @@ class Optimizer:
     def gradient_norm(self) -> float:
         """Prepare the fp32 gradients of this step and return their norm over all parameters of the model."""
         self._chain.prepare_grads()
-        return float(self._chain.get_grad_norm())
+        gradients = [gradient for part in self._parts for gradient in part.get_main_grads_for_grad_norm()]
+        # Not megatron-core's: without Apex or Transformer Engine that waits for the device once for each parameter.
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self._topology.device)
+        return float(self._topology.sum_over_world(norms.double().square().sum()).sqrt())
 
     def update(self, lr: float, gradient_norm: float) -> None:
         """Clip to ``clip_grad`` and apply one AdamW update with learning rate ``lr``."""

@@ -29,6 +29,11 @@ from parallel.topology import Topology
 from parallel.transformer_engine import choose_kernels
 
 
+def to_device(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on ``device``; from pinned memory the host does not wait for what a GPU still has to do before it."""
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+
+
 @dataclass
 class Position:
     """Where a run stands: everything else follows from the config and the ledger."""
@@ -113,7 +118,7 @@ class Trainer:
         count = self.next_batch_size() // (training.micro_batch_size * self.topology.layout.data)
         if self.loader is None:
             return [self.unread] * count
-        return [torch.from_numpy(next(self.loader)).to(self.topology.device) for _ in range(count)]
+        return [to_device(torch.from_numpy(next(self.loader)), self.topology.device) for _ in range(count)]
 
     def run_state(self) -> dict:
         """What a checkpoint keeps beside the tensors."""
