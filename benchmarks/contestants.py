@@ -60,7 +60,7 @@ def ours(model: ModelConfig, kernels: str, batch: tuple[int, int, int], precisio
     for chunk in chunks:
         _fill(chunk, model.init_std)
     monitor = RouterMonitor(chunks, topology)
-    wrapped = wrap_data_parallel(chunks, overlap=topology.device.type == "cuda")
+    wrapped = wrap_data_parallel(chunks, overlap=True)  # as on a GPU
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=LEARNING_RATE), bf16=precision != "fp32")
     stepper = Stepper(wrapped, topology, length, size)
 

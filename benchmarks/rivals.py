@@ -130,7 +130,7 @@ def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], preci
     wrapped = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=gpu, bucket_size=40_000_000 if gpu else None
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=40_000_000
         ),
         Float16Module(config, network) if bf16 else network,
     )
