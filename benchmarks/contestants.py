@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def ours(model: ModelConfig, kernels: str, batch: tuple[int, int, int], precisio
     stepper = Stepper(wrapped, topology, length, size)
 
     def step(windows: torch.Tensor) -> None:
-        with _rows_of_peers() if share else _nothing():
+        with _rows_of_peers() if share else nullcontext():
             optimizer.zero_grad()
             monitor.reset()
             stepper.train(list(windows))
@@ -104,11 +104,6 @@ def _fill(module: torch.nn.Module, std: float) -> None:
             parameter.normal_(0.0, std)
         else:
             parameter.fill_(float(not name.endswith("bias")))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
