@@ -117,15 +117,12 @@ def stand_ins() -> list[StandIn]:
     mappings = mcore + "tensor_parallel.mappings"
     random = mcore + "tensor_parallel.random"
     dispatcher = mcore + "transformer.moe.token_dispatcher"
-    p2p = mcore + "pipeline_parallel.p2p_communication"
     ddp_buffer = mcore + "distributed.param_and_grad_buffer"
     cuda = "torch.cuda."
     literal = 'device="cuda"', "device='cuda'"
     return [
         # Output buffers of collectives and of point-to-point receives.
         StandIn(cuda + "current_device", lambda: CPU, mappings, "device=torch.cuda.current_device()"),
-        # The pipeline waits for its receives with a device-wide synchronisation.
-        StandIn(cuda + "synchronize", lambda device=None: None, p2p, "torch.cuda.synchronize()"),
         # Splits of the expert all-to-all are copied to the host on a stream of their own.
         StandIn(cuda + "Stream", _Stream, dispatcher, "torch.cuda.Stream()"),
         StandIn(cuda + "current_stream", lambda device=None: _STREAM, dispatcher, "torch.cuda.current_stream()"),

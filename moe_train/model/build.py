@@ -52,6 +52,8 @@ def engine_config(config: ModelConfig, topology: Topology, options: ModelOptions
         # With two pipeline ranks previous and next are the same peer and batched messages of virtual stages would cross.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
+        # Streams wait for each message; that the host waits for the device too is, so megatron-core, for older versions of torch.
+        batch_p2p_sync=False,
     )
 
 

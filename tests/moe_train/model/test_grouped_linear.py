@@ -109,3 +109,32 @@ def test_torchs_grouped_product_is_the_loop_too(topology, counts, dtype):
         answers.append((y.detach(), *(tensor.grad for tensor in inputs)))
     for ours, expected in zip(*answers):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_grouped_product_adds_to_the_buffer(topology, monkeypatch, on_host):
+    """Expert by expert where the host knows the counts, else all at once; DDP is told, and finds no memory taken."""
+    from moe_train.model.gradients import accumulate_in_place
+    from moe_train.model.grouped_linear import grouped_mm
+    from parallel.dispatch import ExpertRows
+
+    monkeypatch.setattr(ExpertRows, "known_to_host", on_host)
+    counts, generator = [3, 0, 5], torch.Generator().manual_seed(3)
+    x, grad = (torch.randn(8, size, generator=generator).bfloat16() for size in (16, 24))
+    module = torch.nn.Module()
+    module.weight = weight = torch.nn.Parameter(torch.randn(3, 24, 16, generator=generator).bfloat16())
+    module.share_embeddings_and_output_weights = False
+    rows = ExpertRows(torch.tensor(counts))
+    grouped_mm(x, weight, rows).backward(grad)
+    expected, weight.grad = weight.grad.float(), None
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
+    accumulate_in_place(module)
+    seen = []
+    accumulator = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    accumulator.register_hook(lambda *_: seen.append((weight.grad, weight.grad_added_to_main_grad)))
+    for _ in range(2):
+        grouped_mm(x, weight, rows).backward(grad)
+        weight.grad = None
+    torch.testing.assert_close(weight.main_grad, 2 * expected, atol=0.02, rtol=0.01)
+    assert [added for _, added in seen] == [True, True], "as DDP's hook finds it"
+    assert all(marker.untyped_storage().nbytes() == weight.element_size() for marker, _ in seen)
