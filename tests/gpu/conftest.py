@@ -35,8 +35,7 @@ def side() -> Iterator[Callable]:
         with pytest.MonkeyPatch.context() as environment:
             if device == "cpu":  # its process inherits this when it starts
                 environment.setenv("CUDA_VISIBLE_DEVICES", "")
-            target = function if ":" in function else f"tests.gpu.on_a_side:{function}"
-            (answer,) = pools[device].run(target, *args, **kwargs)
+            (answer,) = pools[device].run(f"tests.gpu.on_a_side:{function}", *args, **kwargs)
         return answer
 
     yield run

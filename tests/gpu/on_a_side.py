@@ -93,14 +93,45 @@ def outputs(compiled: bool = True, changes: dict | None = None, **options) -> di
 
 def curve(steps: int, **options) -> list[float]:
     """The losses of ``steps`` steps, each of two micro-batches."""
-    config = model()
-    _, stepper, optimizer, topology = build(config, **options)
+    return take_steps(build(model(), **options), range(steps))
+
+
+def take_steps(built, numbers: range) -> list[float]:
+    """Take steps, whose numbers choose the data, and return their losses."""
+    _, stepper, optimizer, topology = built
     losses = []
-    for number in range(steps):
+    for number in numbers:
         optimizer.zero_grad()
-        losses.append(stepper.train([windows_of(config, 2 * number % 8 + half, topology.device) for half in (0, 1)]) / 2)
+        losses.append(stepper.train([windows_of(model(), 2 * number % 8 + half, topology.device) for half in (0, 1)]) / 2)
         optimizer.update(1e-3, optimizer.gradient_norm())
     return losses
+
+
+def save(folder: str, steps: int, more: int, **options) -> list[float]:
+    """Take ``steps`` steps, save to ``folder``, take ``more``; the losses of the latter."""
+    from pathlib import Path
+
+    from moe_train.checkpoint.config import CheckpointConfig
+    from moe_train.checkpoint.save import Checkpointer
+
+    built = chunks, _, optimizer, topology = build(model(), **options)
+    take_steps(built, range(steps))
+    checkpointer = Checkpointer(Path(folder), CheckpointConfig(), chunks, optimizer, topology)
+    checkpointer.save(steps, {"step": steps, "samples": steps * 2 * BATCH, "tokens": 0})
+    losses = take_steps(built, range(steps, steps + more))
+    checkpointer.wait()
+    return losses
+
+
+def resume(checkpoint: str, steps: int, more: int, **options) -> list[float]:
+    """From a checkpoint of ``steps`` steps, built with other first weights: the losses of ``more``."""
+    from pathlib import Path
+
+    from moe_train.checkpoint.load import load_checkpoint
+
+    built = chunks, _, optimizer, topology = build(model(), seed=77, **options)
+    assert load_checkpoint(Path(checkpoint), chunks, optimizer, topology)["step"] == steps
+    return take_steps(built, range(steps, steps + more))
 
 
 def peak(changes: dict, length: int, recompute: str = "none") -> dict[str, float]:
@@ -192,7 +223,7 @@ def layer(kind: str, kernels: str, precision: str, seed: int = 3) -> dict[str, n
     out.backward(draw(*out.shape).detach())
     found = {"out": out, **{f"grad_{index}": each.grad for index, each in enumerate(inputs)}}
     if parameters:  # one weight an expert, or all in one
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         found["grad_weight"] = torch.stack(gradients) if len(gradients) > 1 else gradients[0]
     return {name: tensor.detach().float().cpu().numpy() for name, tensor in found.items()}
 

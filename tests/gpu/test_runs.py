@@ -10,8 +10,7 @@ from tests.gpu.comparisons import spread
 
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
-SAVE, RESUME = "tests.steps_on_ranks:save", "tests.steps_on_ranks:resume"
-STEPS, MORE = 3, 3
+STEPS, MORE = 3, 3  # before the checkpoint and after it
 SPREAD = 0.01
 """Of losses of one run twice on a GPU, without `training.deterministic`."""
 
@@ -19,12 +18,11 @@ SPREAD = 0.01
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [("cpu", "cpu"), *(pytest.param(*way, marks=gpu) for way in [("cpu", "cuda"), ("cuda", "cpu")])])
 def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, precision) -> None:
-    went_on = side(saved_on, SAVE, {}, str(tmp_path), STEPS, MORE, precision=precision)
+    went_on = side(saved_on, "save", str(tmp_path), STEPS, MORE, precision=precision)
     (checkpoint,) = tmp_path.glob("iter_*")
-    (resumed,) = side(resumed_on, RESUME, {}, [str(checkpoint)], STEPS, MORE, precision=precision)
+    resumed = side(resumed_on, "resume", str(checkpoint), STEPS, MORE, precision=precision)
     limit = {"fp32": 1e-5, "bf16": 0.01}[precision] if saved_on != resumed_on else 0.0
-    assert [step["loss"] for step in resumed] == pytest.approx([step["loss"] for step in went_on], rel=limit, abs=0.0)
-    assert [step["norm"] for step in resumed] == pytest.approx([step["norm"] for step in went_on], rel=max(limit * 10, 0.0), abs=0.0)
+    assert resumed == pytest.approx(went_on, rel=limit, abs=0.0)
 
 
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("transformer_engine", marks=gpu)])
