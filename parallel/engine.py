@@ -56,7 +56,8 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
 
     The rendezvous is torch's ``env://`` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables the process
     is a world of one. Seeds every random generator from ``seed`` (no operation of the model draws from them; they are
-    seeded for what users add). With ``deterministic`` torch takes reproducible kernels, and warns of an operation that has none.
+    seeded for what users add). With ``deterministic`` torch takes reproducible kernels; an operation that has none raises, for the
+    backward of torch's fused attention is only reproducible where torch may not merely warn.
 
     Raises:
         EngineError: megatron-core is missing or of another version, or the world has another size than the layout.
@@ -83,7 +84,7 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
         _form_groups(layout)
         _layout = layout
     seed_everything(seed)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
     return Topology.current(layout)
 
 
