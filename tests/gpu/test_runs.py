@@ -11,7 +11,7 @@ from tests.gpu.comparisons import spread
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 STEPS, MORE = 3, 3  # before the checkpoint and after it
-SPREAD = 0.01
+SPREAD = 0.05
 """Of losses of one run twice on a GPU, without `training.deterministic`."""
 
 
@@ -21,7 +21,7 @@ def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, pr
     went_on = side(saved_on, "save", str(tmp_path), STEPS, MORE, precision=precision)
     (checkpoint,) = tmp_path.glob("iter_*")
     resumed = side(resumed_on, "resume", str(checkpoint), STEPS, MORE, precision=precision)
-    limit = {"fp32": 1e-5, "bf16": 0.01}[precision] if saved_on != resumed_on else 0.0
+    limit = {"fp32": 1e-4, "bf16": 0.04}[precision] if saved_on != resumed_on else 0.0
     assert resumed == pytest.approx(went_on, rel=limit, abs=0.0)
 
 
