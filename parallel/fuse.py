@@ -34,7 +34,7 @@ def fused(function: Callable | None = None, *, rows: bool = False, eager: Callab
 
     @functools.cache
     def compiler() -> Callable:
-        return torch.compile(function, fullgraph=True)
+        return torch.compile(function)
 
     def compiled(*args: Any) -> Any:
         # Neither what is differentiated nor what is a parameter makes another kernel.

@@ -131,10 +131,11 @@ def head_bytes(work: Workload) -> int:
 
 
 def logits_bytes(work: Workload, device: str = "cuda") -> int:
-    """The chunk of logits that exists at a time: in the model's precision, in fp32 and as gradient. Chunks are larger on GPUs."""
+    """The chunk of logits that exists at a time: in the model's precision, as gradient, and on a CPU in fp32, which compiled kernels
+    need not write. Chunks are larger on GPUs."""
     rows = -(-work.model.vocab_size // work.layout.tensor)
     chunk = min(work.whole, max(64, LOGITS_PER_CHUNK[device] // rows))
-    return chunk * rows * (2 * work.element + 4)
+    return chunk * rows * (2 * work.element + (4 if device == "cpu" else 0))
 
 
 def dispatch_bytes(work: Workload, worst: bool = False) -> int:

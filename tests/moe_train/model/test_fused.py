@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,6 +145,13 @@ def test_the_loss_of_the_head_both_ways(topology) -> None:
     torch.testing.assert_close(other_nll, nll)
     torch.testing.assert_close(other_grad, grad)
     assert math.isclose(nll.mean().item(), F.cross_entropy(logits, labels).item(), rel_tol=1e-6)
+
+
+def test_torchs_own_switch_turns_it_off() -> None:
+    program = "import torch; from parallel.fuse import fused; print(fused(torch.neg).compiled(torch.ones(3)).tolist())"
+    environ = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "CXX": "no-compiler"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "[-1.0, -1.0, -1.0]", done.stderr
 
 
 def test_cpus_call_no_compiler(monkeypatch) -> None:

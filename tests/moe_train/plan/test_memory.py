@@ -65,7 +65,7 @@ def test_the_head_s_chunks_are_the_model_s() -> None:
     assert activations.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
     work = activations.Workload(wide_model(vocab_size=2**17), make_layout(1), 2048, 1, 2)
     assert activations.logits_bytes(work, "cpu") == 64 * 2**17 * 8
-    assert activations.logits_bytes(work, "cuda") == 1024 * 2**17 * 8
+    assert activations.logits_bytes(work, "cuda") == 1024 * 2**17 * 4
 
 
 def test_worst_case_routing_is_what_a_rank_may_receive() -> None:
