@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 KINDS = ("weights", "main", "exp_avg", "exp_avg_sq")
+SCALES = ("fp8_forward_scale", "fp8_forward_amax", "fp8_backward_scale", "fp8_backward_amax")
+"""Of FP8 products, named after their weights, in shapes of their own."""
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, extent)"""
 
@@ -29,9 +31,9 @@ def what_is_not_covered(metadata: Metadata, config: ModelConfig) -> str | None:
             return f"{kind}.{missing[0]} is missing"
     for key, tensor in stored.items():
         kind, _, name = key.partition(".")
-        if kind not in KINDS or name not in shapes:
+        if kind not in (*KINDS, *SCALES) or name not in shapes:
             return f"{key} is no part of the model in run_state.json"
-        if tuple(tensor.size) != tuple(shapes[name]):
+        if kind in KINDS and tuple(tensor.size) != tuple(shapes[name]):
             return (
                 f"{key} has the shape {tuple(tensor.size)}, the model in run_state.json {tuple(shapes[name])}"
             )

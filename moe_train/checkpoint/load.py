@@ -18,7 +18,7 @@ from moe_train.checkpoint.folder import (
     step_of,
 )
 from moe_train.checkpoint.manifest import check_files, read_manifest
-from moe_train.checkpoint.pieces import pieces_to_load
+from moe_train.checkpoint.pieces import pieces_of_scales, pieces_to_load
 from moe_train.checkpoint.random_state import restore_random_state
 from moe_train.checkpoint.reader import read_metadata, read_pieces
 from moe_train.checkpoint.retention import mark_verified
@@ -122,7 +122,11 @@ def load_checkpoint(
             f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from),"
             " none go on with it"
         )
-    read_pieces(path, pieces_to_load(chunks, optimizer, with_main="main" in kinds), metadata)
+    pieces = pieces_to_load(chunks, optimizer, with_main="main" in kinds)
+    if optimizer is not None:
+        stored = metadata.state_dict_metadata
+        pieces += [piece for piece in pieces_of_scales(chunks, to_save=False) if piece.key in stored]
+    read_pieces(path, pieces, metadata)
     if optimizer is not None:
         optimizer.set_steps_taken(state["optimizer_steps"])
         restore_random_state(state.get("random"))

@@ -92,6 +92,18 @@ def pieces_to_load(chunks: list[Transformer], optimizer: Optimizer | None, with_
     return pieces
 
 
+def pieces_of_scales(chunks: list[Transformer], to_save: bool) -> list[Piece]:
+    """The scales of FP8 products where the recipe remembers them (``delayed``): ``fp8_forward_scale.NAME``,
+    ``fp8_forward_amax.NAME`` and the same of the backward, NAME being the product's weight. All that this rank holds, or
+    those that it is the one ``to_save``."""
+    return [
+        _piece(scales.kind, scales.placement, scales.placement.offset, scales.tensor)
+        for chunk in chunks
+        for scales in chunk.kernels.scales(chunk)
+        if not to_save or scales.placement.replica == 0
+    ]
+
+
 def _of_optimizer(shard: ShardState, main_from: str = "main") -> list[Piece]:
     separate = shard.parameter.dtype != torch.float32
     return [

@@ -28,7 +28,7 @@ from moe_train.checkpoint.coverage import what_is_not_covered
 from moe_train.checkpoint.folder import FORMAT_VERSION, RUN_STATE, WRITING, checkpoint_name, clean, commit
 from moe_train.checkpoint.manifest import check_files, describe, write_manifest
 from moe_train.checkpoint.mirror import Mirror, Mirroring
-from moe_train.checkpoint.pieces import HostCopies, Piece, pieces_to_save
+from moe_train.checkpoint.pieces import HostCopies, Piece, pieces_of_scales, pieces_to_save
 from moe_train.checkpoint.random_state import random_state
 from moe_train.checkpoint.retention import remove_superseded
 from moe_train.checkpoint.writer import Written, merge_plans, plan, write_metadata, write_pieces
@@ -71,7 +71,7 @@ class Checkpointer:
     ):
         self.folder, self.config, self.topology = folder, config, topology
         self.tokenizer, self.warn, self.saved, self.may_commit = tokenizer, warn, saved, may_commit
-        self._model_config, self._optimizer = chunks[0].model_config, optimizer
+        self._model_config, self._chunks, self._optimizer = chunks[0].model_config, chunks, optimizer
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._last_failure: str | None = None
@@ -92,7 +92,7 @@ class Checkpointer:
             self._warn(
                 f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written"
             )
-        pieces = pieces_to_save(self._optimizer)
+        pieces = pieces_to_save(self._optimizer) + pieces_of_scales(self._chunks, to_save=True)
         if self.config.async_save:
             pieces = self._copies.take(pieces)
         state = {

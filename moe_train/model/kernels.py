@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -13,6 +13,16 @@ from moe_train.model.grouped_linear import GroupedLinear
 from moe_train.model.linear import column_parallel, row_parallel
 from moe_train.model.norm import RMSNorm
 from moe_train.model.options import ModelOptions
+from parallel.placement import Placement
+
+
+class Scales(NamedTuple):
+    """What delayed FP8 scaling remembers of some products' operands: ``kind`` says what, ``placement`` of which products of the
+    weight it is named after, with replica 0 where it is to be written; ``tensor`` is a view of it."""
+
+    kind: str
+    placement: Placement
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Kernels:
     ``norm(name, size, eps, topology, dtype)``; ``column_parallel`` and ``row_parallel(name, global_shape, ..., engine,
     topology)`` as in :mod:`moe_train.model.linear`; ``grouped_linear(name, num_experts, in, out, engine, topology,
     sharded)``; ``attention(engine, topology)`` makes a causal attention over ``[S, B, n, g, d]`` queries; ``recompute(engine,
-    function, x)`` is ``function(x)`` of which nothing but x is kept for the backward.
+    function, x)`` is ``function(x)`` of which nothing but x is kept for the backward; ``scales(model)`` is what FP8 remembers.
     """
 
     norm: Callable[..., torch.nn.Module]
@@ -32,6 +42,7 @@ class Kernels:
     grouped_linear: Callable[..., torch.nn.Module]
     attention: Callable[..., Callable[..., torch.Tensor]]
     recompute: Callable[[Any, Callable, torch.Tensor], torch.Tensor]
+    scales: Callable[[torch.nn.Module], list[Scales]]
 
 
 def _recompute(engine, function: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -45,6 +56,7 @@ TORCH = Kernels(
     grouped_linear=GroupedLinear,
     attention=lambda engine, topology: causal_attention,
     recompute=_recompute,
+    scales=lambda model: [],
 )
 
 

@@ -7,7 +7,7 @@ gradients go straight into the fp32 buffer that data parallelism reduces.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformer_engine.pytorch as te
@@ -21,13 +21,14 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 
-from moe_train.model.kernels import Kernels
+from moe_train.model.kernels import Kernels, Scales
 from moe_train.model.linear import place_linear
 from moe_train.model.norm import RMSNorm
 from moe_train.model.parameters import expert_parallel, sequence_parallel
 from parallel.dispatch import ExpertRows
 from parallel.placement import Placement, place
 from parallel.topology import Topology
+from parallel.transformer_engine import precision_context
 
 
 def norm(name: str, size: int, eps: float, topology: Topology, dtype: torch.dtype, split: bool = False) -> torch.nn.Module:
@@ -130,6 +131,50 @@ class CausalAttention(torch.nn.Module):
         return o_sbh.view(q_sbngd.shape)
 
 
+def delayed_scales(model: torch.nn.Module) -> list[Scales]:
+    """What delayed scaling remembers for each tensor of the products of ``model`` (a chunk); nothing in another recipe.
+
+    Brings it about where no step was taken yet, so that a checkpoint can be read into it.
+    """
+    engine, topology = model.config, model.topology
+    if not (engine.fp8 and engine.fp8_recipe == "delayed"):
+        return []
+    dense = topology.tensor_rank + topology.layout.tensor * topology.data_rank  # 0 on one of those that hold the same
+    found: list[Scales] = []
+    with precision_context(engine):
+        for layer in model.modules():
+            if isinstance(layer, TEColumnParallelLinear | TERowParallelLinear):
+                layer.init_fp8_metadata()
+                found += _scales(layer, layer.weight.placement.name, 1, 0, 1, dense)
+            elif isinstance(layer, GroupedLinear):
+                first, local = layer.matrices[0], len(layer.matrices)
+                layer.experts.init_fp8_metadata(num_gemms=local)
+                replica = dense if first.allreduce else topology.expert_data_rank
+                whole, offset = layer.num_experts, first.placement.offset[0]
+                found += _scales(layer.experts, first.placement.name, whole, offset, local, replica)
+    return found
+
+
+def _scales(layer, name: str, products: int, first: int, local: int, replica: int) -> Iterator[Scales]:
+    """Of ``products`` in the whole model, of which ``layer`` does ``local`` from ``first`` on: three tensors each in the
+    forward (input, weight, output), two in the backward."""
+    for direction, key, count in (("forward", "scaling_fwd", 3), ("backward", "scaling_bwd", 2)):
+        state = layer.fp8_meta[key]
+        length = len(state.amax_history)
+        shape = (local, count)
+        yield Scales(
+            f"fp8_{direction}_scale",
+            Placement(name, (products, count), (first, 0), shape, shape, replica),
+            state.scale.view(shape),
+        )
+        shape = (length, local, count)
+        yield Scales(
+            f"fp8_{direction}_amax",
+            Placement(name, (length, products, count), (0, first, 0), shape, shape, replica),
+            state.amax_history.view(shape),
+        )
+
+
 def recompute(engine, function: Callable, x: torch.Tensor) -> torch.Tensor:
     """Transformer Engine's recomputation in FP8, where both passes must use the same scales."""
     if not engine.fp8:
@@ -144,4 +189,5 @@ TRANSFORMER_ENGINE = Kernels(
     grouped_linear=GroupedLinear,
     attention=CausalAttention,
     recompute=recompute,
+    scales=delayed_scales,
 )
