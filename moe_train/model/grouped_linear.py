@@ -93,6 +93,7 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
         grad_x = F.grouped_mm(grad, weight, offs=ctx.rows.offsets) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
