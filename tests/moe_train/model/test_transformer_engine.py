@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,19 +51,19 @@ def test_on_a_gpu_it_is_what_is_installed(monkeypatch):
         choose_kernels("torch", "delayed")
 
 
-def test_fp8_that_megatron_core_would_leave_out_in_silence_is_an_error(topology):
-    """Without Transformer Engine its FP8 context does nothing; with it, it is a context."""
-    from moe_train.model.build import engine_config
-    from moe_train.model.config import ModelConfig
-    from moe_train.model.options import ModelOptions
+def test_fp8_that_megatron_core_would_leave_out_in_silence_is_an_error(monkeypatch):
+    """Without Transformer Engine its FP8 context does nothing."""
+    from megatron.core import fp8_utils
+
     from parallel.transformer_engine import precision_context
 
-    recipe = ModelOptions(dtype=torch.bfloat16, kernels="transformer_engine", fp8_recipe="tensorwise")
-    engine = engine_config(ModelConfig(), topology, recipe)
-    if importlib.util.find_spec("transformer_engine") is None:
+    engine = SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise")
+    with monkeypatch.context() as patch:
+        if importlib.util.find_spec("transformer_engine"):
+            patch.setattr(fp8_utils, "get_fp8_context", lambda config: nullcontext())
         with pytest.raises(EngineError, match="does not see Transformer Engine"):
             precision_context(engine)
-    assert precision_context(engine_config(ModelConfig(), topology, ModelOptions())).__class__.__name__ == "nullcontext"
+    assert isinstance(precision_context(SimpleNamespace(fp8=None)), nullcontext)
 
 
 @installed
