@@ -67,6 +67,30 @@ def products(recipe: str | None) -> list[int]:
     return _run({}, 0, recipe, "transformer_engine", {} if recipe else {"precision": "bf16"}, counted)
 
 
+def bytes_of_fp8_weights() -> tuple[int, int]:
+    """Of the copies that are kept of weights between micro-batches, and what the memory planner counts for them."""
+    from moe_train.plan.memory import state_bytes
+    from moe_train.plan.shards import place
+
+    def counted(built, figures):
+        figures(range(1))
+        chunks, *_, topology = built
+        copies = [
+            copy
+            for module in chunks[0].modules()
+            for copy in getattr(module, "_fp8_workspaces", {}).values()
+            if hasattr(copy, "_fp8_dtype")
+        ]
+        held = sum(part.numel() for copy in copies for part in (copy._data, copy._transpose) if part is not None)
+        model, layout = chunks[0].model_config, topology.layout
+        planned, without = (
+            state_bytes(model, layout, place(layout, topology.rank), precision)["weights"] for precision in ("fp8", "bf16")
+        )
+        return held, planned - without
+
+    return _run({}, 0, "tensorwise", "transformer_engine", {}, counted)
+
+
 def _run(layout: dict, steps: int, recipe: str | None, kernels: str, options: dict, then=None) -> list[dict]:
     from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig
     from tests import steps_on_ranks

@@ -16,8 +16,9 @@ from moe_train.plan.shards import Place
 from parallel.layout import Layout
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp8": 2}
-"""Bytes of a weight and of an activation; fp8 keeps bf16 weights, its products' inputs are not counted
-smaller."""
+"""Bytes of a weight and of an activation. fp8 keeps bf16 weights, and its products' inputs are not counted smaller."""
+FP8_COPIES = 2
+"""Bytes of the FP8 copies that are kept of a product's weight between the micro-batches of a step: it, and its transpose."""
 
 
 def state_bytes(
@@ -31,15 +32,17 @@ def state_bytes(
 ) -> dict[str, int]:
     """Bytes of weights, of fp32 gradients, and of this rank's share of the optimizer's state.
 
-    The state is two fp32 moments, and an fp32 copy of the weights unless they are fp32 themselves.
+    The state is two fp32 moments, and an fp32 copy of the weights unless they are fp32 themselves. With FP8 the weights
+    include the copies of those that products take.
     """
     element = ELEMENT[precision]
+    copies = FP8_COPIES * shards.product_elements(model, layout, place.stage, sharded_attention) if precision == "fp8" else 0
     size = owned = 0
     for buffer, expert in shards.buffers(model, layout, place.stage, sharded_attention, overlap):
         size += buffer.size
         owned += buffer.owned(place.expert_data if expert else place.data)
     return {
-        "weights": size * element,
+        "weights": size * element + copies,
         "gradients": size * 4,
         "optimizer": owned * (8 if precision == "fp32" else 12),
     }

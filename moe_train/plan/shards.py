@@ -89,6 +89,18 @@ def chunk_parameters(
     return result
 
 
+def product_elements(model: ModelConfig, layout: Layout, stage: int, sharded_attention: bool = True) -> int:
+    """Elements of a stage's weights that matrix products in FP8 take: of the layers, without their routers."""
+    return sum(
+        parameter.size
+        for chunk in range(layout.virtual_pipeline or 1)
+        for parameter in chunk_parameters(model, layout, stage, chunk, sharded_attention)
+        if parameter.name.startswith("layers.")
+        and parameter.name.endswith(".weight")
+        and not any(part in parameter.name for part in ("norm", "router"))
+    )
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One contiguous buffer of parameters, and one of their gradients, `size` elements each with padding.

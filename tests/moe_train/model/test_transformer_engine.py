@@ -141,6 +141,12 @@ def test_every_product_of_a_layer_runs_in_fp8(ranks):
 
 
 @installed
+def test_the_planner_knows_what_fp8_weights_take(ranks):
+    held, planned = ranks(1).run(f"{ON_CPU}:bytes_of_fp8_weights")[0]
+    assert held == planned > 0
+
+
+@installed
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_a_resume_in_fp8_is_bit_for_bit(ranks, tmp_path, recipe):
     """The scales that delayed scaling remembers are in the checkpoint, and go to other layouts with it."""
