@@ -142,20 +142,38 @@ def resume(
     return figures
 
 
-def seconds_with_a_sleeper(layout: dict, sleeper: int, nap: float) -> float:
-    """The time of this rank's own part of a step in which ``sleeper`` takes a nap."""
+def clock_beside_a_late_rank(layout: dict, late: int, stopped: str) -> list[str]:
+    """What the clock of this rank saw of a step in which ``late`` does not begin its last micro-batch before another rank's clock
+    has stopped (and made the file ``stopped``), or for a minute."""
     import time
+    from pathlib import Path
 
     config = small_model()
     built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config)
     chunks, stepper, _, _, topology = built
     run_steps(built, range(1), config.vocab_size)
-    topology.barrier()
-    if topology.rank == sleeper:
-        chunks[0].register_forward_pre_hook(lambda *_: time.sleep(nap / 2))  # once for each of two micro-batches
+    seen, stop = [], stepper.clock.stop
+
+    def forward(*_) -> None:
+        end = time.monotonic() + 60
+        while topology.rank == late and seen and not Path(stopped).exists():
+            if time.monotonic() > end:
+                seen.append("waited in vain")
+                return
+            time.sleep(0.01)
+        seen.append("forward")
+
+    def stopping() -> None:
+        stop()
+        seen.append("stop")
+        if topology.rank != late:
+            Path(stopped).touch()
+
+    chunks[0].register_forward_pre_hook(forward)  # called for each of two micro-batches
+    stepper.clock.stop = stopping
     stepper.clock.start()
     run_steps(built, range(1, 2), config.vocab_size, micro_batch=1)
-    return stepper.clock.seconds()
+    return seen if stepper.clock.seconds() > 0 else [*seen, "no time"]
 
 
 def drift(layout: dict, parameter: str | None = None, rank: int = 0, gather: bool = True, **options) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from moe_train.training.slow_ranks import IN_A_ROW, SlowRanks
 
 
@@ -32,6 +30,6 @@ def test_taking_turns_is_nobodys_fault() -> None:
         assert ranks.warning(ranks.report()) is None
 
 
-def test_a_rank_that_sleeps_in_its_own_part_shows(ranks) -> None:
-    seconds = ranks(2).run("tests.steps_on_ranks:seconds_with_a_sleeper", {}, sleeper=1, nap=0.2)
-    assert seconds[1] == pytest.approx(seconds[0] + 0.2, abs=0.15)
+def test_a_rank_that_is_late_is_not_counted_by_those_that_wait(ranks, tmp_path) -> None:
+    seen = ranks(2).run("tests.steps_on_ranks:clock_beside_a_late_rank", {}, late=1, stopped=str(tmp_path / "stopped"))
+    assert seen == [["forward", "forward", "stop"]] * 2
