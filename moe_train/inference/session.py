@@ -140,7 +140,7 @@ class Session:
 
         def stage(received: torch.Tensor | None) -> torch.Tensor:
             self._model.set_input_tensor(received)
-            output = self._model(ids_bs, labels_bs, caches, first_position)
+            output = self._model(ids_bs, labels_bs, caches, first_position, last_only=True)
             return output[1] if isinstance(output, tuple) else output
 
         tensor_ranks = self.topology.layout.tensor

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +10,27 @@ from moe_train.model.rope import rotate
 from moe_train.model.router import Tokens
 
 
-@dataclass
-class LayerCache:
-    """Keys (rotated) and values of the tokens that one layer has seen, ``[S, B, n / TP, d]`` each; None before the first."""
+CACHE_STEP = 256
+"""Tokens by which a cache grows: copying it for each of them would cost more than the attention over it."""
 
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+
+class LayerCache:
+    """Keys (rotated) and values of the tokens that one layer has seen."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._room: torch.Tensor | None = None  # [2, at least the length, B, n / TP, d]
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append and return the whole."""
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
-        self.values = values if self.values is None else torch.cat([self.values, values])
-        return self.keys, self.values
+        """Append those of new tokens, ``[s, B, n / TP, d]`` each, and return the whole, ``[S, B, n / TP, d]``."""
+        seen, self.length = self.length, self.length + len(keys)
+        if self._room is None or self.length > self._room.shape[1]:
+            room = keys.new_empty(2, self.length + CACHE_STEP, *keys.shape[1:])
+            if self._room is not None:
+                room[:, :seen] = self._room[:, :seen]
+            self._room = room
+        self._room[0, seen : self.length], self._room[1, seen : self.length] = keys, values
+        return self._room[0, : self.length], self._room[1, : self.length]
 
 
 def attend(
@@ -42,7 +50,7 @@ def attend(
     """
     q_sbngd, k_sbnd = rotate(q_sbngd, rotary), rotate(k_sbnd, rotary)
     if cache is not None:
-        first = cache.keys is None
+        first = cache.length == 0
         seen = cache.extend(k_sbnd[: tokens.length], v_sbnd[: tokens.length])
         if not first:  # one new token: it may look at everything
             return _attention(q_sbngd, *seen, causal=False)

@@ -33,11 +33,11 @@ class VocabularyHead:
         loss, nll = _LinearCrossEntropy.apply(x_nh, self.weight, labels_bs.t().reshape(-1), self)
         return loss, nll.view(length, -1).t()
 
-    def logits(self, x_sbh: torch.Tensor, length: int) -> torch.Tensor:
-        """``[s, B, H]`` to fp32 logits ``[B, length, V]`` on every tensor rank."""
-        x_nh, shape = self._whole_sequence(x_sbh)
-        logits = gather_from_tensor_model_parallel_region(x_nh @ self.weight.t())
-        return logits[:, : self.vocab_size].float().view(*shape, -1)[:length].transpose(0, 1)
+    def logits(self, x_sbh: torch.Tensor, length: int, first: int = 0) -> torch.Tensor:
+        """``[s, B, H]`` to the fp32 logits of positions ``first`` to ``length``, ``[B, length - first, V]``, on every tensor rank."""
+        x_nh, (_, batch) = self._whole_sequence(x_sbh)
+        logits = gather_from_tensor_model_parallel_region(x_nh[first * batch : length * batch] @ self.weight.t())
+        return logits[:, : self.vocab_size].float().view(length - first, batch, -1).transpose(0, 1)
 
     def _whole_sequence(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, torch.Size]:
         if self.topology.layout.tensor > 1:

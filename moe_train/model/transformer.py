@@ -45,8 +45,8 @@ class Transformer(MegatronModule):
     """One stage of the network.
 
     Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else fp32 logits
-    ``[B, S, V]``; on an earlier stage hidden states ``[S / TP, B, H]`` for the next. Stages after the first take
-    their input through :meth:`set_input_tensor`, as megatron-core's schedules hand it over, but still need the ids
+    ``[B, S, V]`` (``last_only``: ``[B, 1, V]``, those after the last token); on an earlier stage hidden states
+    ``[S / TP, B, H]`` for the next. Stages after the first take their input through :meth:`set_input_tensor`, as megatron-core's schedules hand it over, but still need the ids
     for their shape. Any S will do: under sequence parallelism it is padded to a multiple of the tensor ranks inside.
     """
 
@@ -93,6 +93,7 @@ class Transformer(MegatronModule):
         labels_bs: torch.Tensor | None = None,
         caches: list[LayerCache] | None = None,
         first_position: int = 0,
+        last_only: bool = False,
     ):
         length = ids_bs.shape[1]
         tensor_ranks = self.topology.layout.tensor
@@ -120,7 +121,9 @@ class Transformer(MegatronModule):
         if not self.post_process:
             return x_sbh
         x_sbh = self.final_norm(x_sbh)
-        return self.head.logits(x_sbh, length) if labels_bs is None else self.head.loss(x_sbh, labels_bs)
+        if labels_bs is not None:
+            return self.head.loss(x_sbh, labels_bs)
+        return self.head.logits(x_sbh, length, length - 1 if last_only else 0)
 
     # ---- vocabulary-parallel parameters
 

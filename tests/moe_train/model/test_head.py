@@ -67,6 +67,8 @@ def test_logits_leave_padding_out(topology):
     logits = VocabularyHead(weight, VOCAB, topology).logits(x.detach(), LENGTH)
     assert logits.shape == (BATCH, LENGTH, VOCAB) and logits.dtype == torch.float32
     torch.testing.assert_close(logits, (x[:LENGTH] @ weight[:VOCAB].T).transpose(0, 1), atol=1e-5, rtol=0)
+    last = VocabularyHead(weight, VOCAB, topology).logits(x.detach(), LENGTH, LENGTH - 1)
+    torch.testing.assert_close(last, logits[:, -1:])
 
 
 def test_large_logits_do_not_overflow(topology):
