@@ -11,12 +11,14 @@ which unlike a scatter-add is deterministic on a GPU and fast on a CPU.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from parallel.fuse import fused
@@ -24,15 +26,16 @@ from parallel.topology import Topology
 
 
 class ExpertRows:
-    """How many rows each expert of this rank receives, ``per_expert`` ``[E]`` on the device."""
+    """How many rows each expert of this rank receives, ``per_expert`` ``[E]`` on the device; ``to_host`` brings that to the
+    host."""
 
-    def __init__(self, per_expert: torch.Tensor):
-        self.per_expert = per_expert
+    def __init__(self, per_expert: torch.Tensor, to_host: Callable[[], list[int]] | None = None):
+        self.per_expert, self._to_host = per_expert, to_host or per_expert.tolist
 
     @cached_property
     def counts(self) -> list[int]:
         """The same as plain numbers; waits for the device when it is asked for the first time."""
-        return self.per_expert.tolist()
+        return self._to_host()
 
     @property
     def known_to_host(self) -> bool:
@@ -48,17 +51,18 @@ class ExpertRows:
 class RoutingPlan:
     """Where each pair goes, for the tokens of one micro-batch in one layer.
 
+    With expert parallelism the first trip waits for the counts of the other ranks: what a layer can do before it, it
+    had better do.
+
     Attributes:
         rows: how many rows each expert of this rank receives.
-        order: ``[R]`` the pair (token * k + slot) of each row that is sent, sorted by expert; T * k where it is nobody's.
-        inverse: ``[T * k]`` the row of each pair; R for one that is left out.
     """
 
     def __init__(self, dispatcher: "ExpertDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
         self._dispatcher = dispatcher
         tokens, self.top_k = experts_tk.shape
         self._left_out, self._filled = sent_tk is not None, dispatcher.row_multiple > 1
-        experts, pairs = dispatcher.num_experts, experts_tk.numel()
+        experts, self._pairs = dispatcher.num_experts, experts_tk.numel()
         chosen_te = torch.zeros(tokens, experts, dtype=torch.bool, device=experts_tk.device)
         chosen_te.scatter_(1, experts_tk, True if sent_tk is None else sent_tk)
         key_p = experts_tk.reshape(-1)
@@ -70,25 +74,36 @@ class RoutingPlan:
             each = torch.arange(experts, device=key_p.device)
             key_p = torch.cat([key_p, each.where(filler_fe, experts).reshape(-1)])
         self.rows = dispatcher.exchange_counts(chosen_te)
-        sent = dispatcher.rows_sent(self.rows) if self._left_out or self._filled else pairs
-        order = torch.argsort(key_p, stable=True)  # what is not sent comes last
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        self.order, self.inverse = order[:sent], inverse[:pairs]
-        if self._left_out:
-            self.inverse = self.inverse.clamp(max=sent)
-        if self._filled:
-            self.order = self.order.clamp(max=pairs)
+        self._sorted = torch.argsort(key_p, stable=True)  # what is not sent comes last
+        self._place = torch.empty_like(self._sorted)
+        self._place[self._sorted] = torch.arange(len(key_p), device=key_p.device)
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """``[R]`` the pair (token * k + slot) of each row that is sent, sorted by expert; T * k where it is nobody's."""
+        order = self._sorted[: self._sent]
+        return order.clamp(max=self._pairs) if self._filled else order
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """``[T * k]`` the row of each pair; R for one that is left out."""
+        inverse = self._place[: self._pairs]
+        return inverse.clamp(max=self._sent) if self._left_out else inverse
+
+    @cached_property
+    def _sent(self) -> int:
+        """R, the rows that this rank sends."""
+        return self._dispatcher.rows_sent(self.rows) if self._left_out or self._filled else self._pairs
 
     def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
         rows = _GatherTokens.apply(x_th, self.order, self.inverse, self.top_k, self._filled, self._left_out)
-        return self._dispatcher.send(rows)
+        return self._dispatcher.send(rows, self.rows)
 
     def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
         """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
         rows = _Permute.apply(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
-        return self._dispatcher.send(rows)
+        return self._dispatcher.send(rows, self.rows)
 
     def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
@@ -138,29 +153,33 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         return RoutingPlan(self, experts_tk, sent_tk)
 
     def exchange_counts(self, chosen_re: torch.Tensor) -> ExpertRows:
-        """Tell every rank how many rows come, from which row goes to which expert. With expert parallelism the host waits
-        for the numbers, which say how large what it receives is: the one synchronisation of a layer's half that dropless
-        routing forces."""
+        """Tell every rank how many rows come, from which row goes to which expert. With expert parallelism the numbers are
+        on their way to the host, which has to wait for them before it can receive: the one synchronisation of a layer's
+        half that dropless routing forces."""
         if self.ep_size == 1:
             return ExpertRows(chosen_re.sum(0))
-        self.tokens_per_expert = self.preprocess(chosen_re)
-        rows = ExpertRows(self.tokens_per_expert)
-        for point in ("before_permutation_1", "before_ep_alltoall", "before_permutation_2", "before_finish"):
-            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
+        per_expert = self.preprocess(chosen_re)
         # One trip's state may be overwritten by the next layer's before its backward runs: autograd keeps the splits.
-        rows.counts = self.tokens_per_expert.tolist()
-        return rows
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", per_expert)
+        return ExpertRows(per_expert, self._wait_for_counts)
+
+    def _wait_for_counts(self) -> list[int]:
+        for point in ("before_ep_alltoall", "before_permutation_2", "before_finish"):
+            self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
+        return self.tokens_per_expert.tolist()
 
     def rows_sent(self, received: ExpertRows) -> int:
-        """How many rows this rank sends, once the counts are exchanged; alone it waits for the device."""
-        return sum(received.counts) if self.ep_size == 1 else int(sum(self.input_splits))
+        """How many rows this rank sends; waits for the counts."""
+        counts = received.counts
+        return sum(counts) if self.ep_size == 1 else int(sum(self.input_splits))
 
-    def send(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows sorted by global expert to rows of this rank's experts, sorted by local expert."""
+    def send(self, rows: torch.Tensor, received: ExpertRows) -> torch.Tensor:
+        """Rows sorted by global expert to rows of this rank's experts, sorted by local expert; waits for the counts."""
         if self.ep_size == 1:
             return rows
-        received, _ = self.token_dispatch(rows, rows.new_empty(len(rows), 0))
-        sorted_rows, _, _ = self.dispatch_postprocess(received, None)
+        received.counts  # noqa: B018  (from here on the splits are plain numbers)
+        arrived = all_to_all(self.ep_group, rows, self.output_splits, self.input_splits)
+        sorted_rows, _, _ = self.dispatch_postprocess(arrived, None)
         return sorted_rows
 
     def send_back(self, rows: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,8 @@ class MixtureOfAttention(torch.nn.Module):
         x_th = x_sbh.flatten(0, 1)
         gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
         plan = self.dispatcher.plan(experts_tk, sent_tk)
+        k_sbnd, v_sbnd = self._keys_and_values(x_sbh)  # while the counts of the other ranks come
         q_tkd = plan.collect_pairs(self.query(plan.dispatch_tokens(x_th), plan.rows))
-        k_sbnd, v_sbnd = self._keys_and_values(x_sbh)
         q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])
         # Head j of any slot uses kv head j: the k slots of one head are one group.
         o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, rotary, self.core, cache)
