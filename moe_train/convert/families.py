@@ -41,6 +41,7 @@ class Family:
         complete: fills in what transformers computes from other keys; returns (key, reason) to refuse.
         extra: keys that are written, but say nothing that is not said by others.
         unfit: why a model that fits `fixed` cannot be written all the same.
+        special_ids: those of its own tokenizer, which transformers takes where nothing is said.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     complete: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda values: None
     extra: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     unfit: Callable[[ModelConfig], str | None] = lambda config: None
+    special_ids: dict[str, int | None] = field(default_factory=lambda: {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
 
     @property
     def architecture(self) -> str:
@@ -382,6 +384,7 @@ OLMOE = Family(
     complete=_complete_olmoe,
     extra=lambda config: {"attention_bias": False, "clip_qkv": None, "output_router_logits": False},
     unfit=_heads_of_olmoe,
+    special_ids={"bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1},
 )
 
 FAMILIES = (JETMOE, LLAMA, MIXTRAL, OLMOE)

@@ -63,12 +63,12 @@ def family_of(config: ModelConfig) -> Family:
     raise UserError(f"this model cannot be exported: {'; '.join(reasons) or f'no model there has {kind}'}")
 
 
-def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None] | None) -> dict[str, Any]:
     """The content of ``config.json`` for ``config``, as transformers writes it.
 
     Args:
         dtype: torch's name of the weights' type, such as ``bfloat16``.
-        special_ids: bos_token_id, eos_token_id and pad_token_id.
+        special_ids: bos_token_id, eos_token_id and pad_token_id; None: those of the family's own tokenizer.
 
     Raises:
         UserError: transformers cannot express this model.
@@ -84,7 +84,7 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | None
         "attention_dropout": 0.0,
         **family.extra(config),
         "use_cache": True,
-        **special_ids,
+        **(family.special_ids if special_ids is None else special_ids),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

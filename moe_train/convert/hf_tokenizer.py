@@ -31,15 +31,14 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 def export_tokenizer(
     path: Path | None, out: Path, max_length: int
-) -> tuple[dict[str, int | None], str | None]:
+) -> tuple[dict[str, int | None] | None, str | None]:
     """Write the tokenizer at ``path`` into the Hugging Face folder ``out``.
 
-    Returns the ids bos_token_id, eos_token_id and pad_token_id, and a remark for the user, if there is one.
+    Returns the ids bos_token_id, eos_token_id and pad_token_id (None without a tokenizer), and a remark for the
+    user, if there is one.
     """
     if path is None:
-        # JetMoE's own, which transformers takes when nothing is said.
-        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-        return ids, "the checkpoint has no tokenizer: none was written"
+        return None, "the checkpoint has no tokenizer: none was written"
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
     remark = None
     if path.suffix == ".json":

@@ -120,7 +120,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
     out = Path(out)
     _check_free(out)
     reader = WeightsReader(checkpoint)
-    hf_config(reader.config, "", {})  # refuses what cannot be expressed, before hours of reading
+    hf_config(reader.config, "", None)  # refuses what cannot be expressed, before hours of reading
     if damage := check_files(reader.path, read_manifest(reader.path)):
         raise DamagedError(f"{reader.path}: {damage}")
     pairs = counterparts(reader.config)
@@ -128,8 +128,9 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
     with _new_folder(out) as folder:
         ids, remark = export_tokenizer(reader.tokenizer, folder, reader.config.max_sequence_length)
         dtype = str(dtypes["embedding.weight"]).removeprefix("torch.")
-        write_json(folder / "config.json", hf_config(reader.config, dtype, ids))
-        write_json(folder / "generation_config.json", _generation_config(ids))
+        config = hf_config(reader.config, dtype, ids)
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", _generation_config(config))
         writer = FolderWriter(folder, shard_bytes or SHARD_BYTES)
         for name, parts in _track(_by_parameter(pairs), "writing"):
             whole = reader.read(name)
@@ -202,8 +203,8 @@ def _account_for_all(
             )
 
 
-def _generation_config(ids: dict[str, int | None]) -> dict:
-    known = {key: value for key, value in ids.items() if value is not None}
+def _generation_config(config: dict) -> dict:
+    known = {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
     return {"_from_model_config": True, **known}
 
 

@@ -21,7 +21,7 @@ from moe_train.model.config import (
     RouterConfig,
 )
 from tests.moe_train.convert.test_huggingface import bits, fails, tensors_of
-from tests.small_checkpoint import random_weights, write_checkpoint
+from tests.small_checkpoint import random_weights, small_config, write_checkpoint
 from tests.small_models import llama, mixtral, olmoe, skywork
 
 MODELS = {
@@ -88,6 +88,18 @@ def test_in_and_out_again_changes_no_bit(tmp_path, family, changes):
     known = {key for key, value in old.items() if value is not None and not key.endswith("_token_id")}
     known -= {"transformers_version"}
     assert {key: new.get(key) for key in known} == {key: old[key] for key in known}
+
+
+@pytest.mark.parametrize("config", [small_config(), *(MODELS[name] for name in ("llama", "mixtral", "olmoe"))])
+def test_without_a_tokenizer_the_special_ids_are_the_familys(tmp_path, config):
+    from transformers import AutoConfig
+
+    to_hf(write_checkpoint(tmp_path / "ours", config, random_weights(config)), tmp_path / "hf")
+    read, theirs = json.loads((tmp_path / "hf" / "config.json").read_text()), AutoConfig.from_pretrained(tmp_path / "hf")
+    defaults, names = type(theirs)(), ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [read[name] for name in names] == [getattr(defaults, name) for name in names]
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert [generation.get(name) for name in names] == [getattr(defaults, name) for name in names]
 
 
 # --- config.json --------------------------------------------------------------------------------------------
