@@ -11,17 +11,15 @@ status 6 and writes nothing more.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moe_train.errors import PolicyStop
-from moe_train.training.run_folder import now, write_atomically
+from moe_train.training.run_folder import locked, now, write_atomically
 
 OWNER, LOCK = "owner.json", "owner.lock"
 
@@ -78,7 +76,7 @@ class Fence:
         """
         folder.mkdir(parents=True, exist_ok=True)
         job, restart = environment.get("SLURM_JOB_ID"), int(environment.get("SLURM_RESTART_COUNT") or 0)
-        with _locked(folder / LOCK):
+        with locked(folder / LOCK):
             previous = owner_of(folder)
             if previous and job and previous.job == job and previous.restart > restart:
                 raise FencedError(
@@ -139,21 +137,6 @@ def owner_of(folder: Path) -> Owner | None:
 
 def _write(folder: Path, owner: Owner) -> None:
     write_atomically(folder / OWNER, json.dumps(asdict(owner), indent=1) + "\n")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that goes with the process that holds it: none is ever stale. Some file systems have none;
-    then without."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(file)
 
 
 def born(pid: int) -> int | None:

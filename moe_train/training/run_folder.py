@@ -11,17 +11,22 @@ One process writes: rank 0. Files are replaced by rename, so a reader never sees
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from moe_train.errors import UserError
+
+OUTCOME_LOCK = ".outcome.lock"
+"""Who ends a start holds it: several ranks may at once, and so may the process above them."""
 
 
 def now() -> str:
@@ -89,11 +94,11 @@ class RunFolder:
         return number
 
     def finish(self, code: int, reason: str, step: int | None = None) -> None:
-        """End this start: outcome.json with its status, and an event."""
-        outcome = self.read_outcome()
-        step = outcome.get("step") if step is None else step
-        self._write_outcome(code, reason, step, outcome.get("started") or now(), now())
-        self.event("end", step, code=code, reason=reason)
+        """End this start: outcome.json with its status, and an event. The first process that ends it has said it: later ones do not."""
+        with locked(self.path / OUTCOME_LOCK):
+            outcome = self.read_outcome()
+            if not outcome.get("ended"):
+                self._end(code, reason, outcome, step)
 
     def settle(self, code: int, reason: str, since: str) -> None:
         """What the process above the ranks does at the end: make outcome.json say what really came back.
@@ -102,21 +107,23 @@ class RunFolder:
             since: `now()` from before the ranks were started. An outcome older than that is of an earlier start.
 
         A start whose ranks were killed left its outcome open; one whose first rank saw only the echo of another
-        rank's error has the wrong code. An outcome that agrees on the code stays as it is.
+        rank's error has the wrong code. An outcome that agrees on the code stays as it is, also where several ranks come at once.
         """
-        outcome = self.read_outcome()
-        if (outcome.get("started") or "") < since:
-            outcome = {"started": since}
-        if outcome.get("code") == code and outcome.get("ended"):
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError:
             return  # there is no folder to say it in
-        step = outcome.get("step")
-        if step is None:
-            step = last_step(self.metrics_path)
-        self._write_outcome(code, reason, step, outcome["started"], now())
+        with locked(self.path / OUTCOME_LOCK):
+            outcome = self.read_outcome()
+            if (outcome.get("started") or "") < since:
+                outcome = {"started": since}
+            if outcome.get("code") != code or not outcome.get("ended"):
+                self._end(code, reason, outcome)
+
+    def _end(self, code: int, reason: str, outcome: Mapping[str, Any], step: int | None = None) -> None:
+        step = outcome.get("step") if step is None else step
+        step = last_step(self.metrics_path) if step is None else step
+        self._write_outcome(code, reason, step, outcome.get("started") or now(), now())
         self.event("end", step, code=code, reason=reason)
 
     def ended_since(self, since: str) -> bool:
@@ -241,6 +248,23 @@ class MetricsLog:
         self._end += len(self._waiting)
         self._waiting.clear()
         self.failure = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that goes with the process that holds it: none is ever stale. Where there can be none (some file systems, a full
+    disk), without."""
+    file = None
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,12 +48,34 @@ def test_settle_corrects_what_the_ranks_left(tmp_path):
     folder.settle(5, "rank 1 was killed by SIGKILL", since)  # left open
     outcome = folder.read_outcome()
     assert (outcome["code"], outcome["step"]) == (5, 1) and outcome["ended"]
+    since = now()
+    folder.start("")
     folder.finish(5, "lost the connection", 9)
     folder.settle(2, "rank 1: a mistake", since)  # rank 0 saw the echo only
     assert (folder.read_outcome()["code"], folder.read_outcome()["step"]) == (2, 9)
     before = folder.outcome_path.read_text()
     folder.settle(2, "another wording", since)
     assert folder.outcome_path.read_text() == before
+
+
+def test_of_ranks_that_end_at_once_one_writes_the_outcome(tmp_path):
+    folder, many = RunFolder(tmp_path), 8
+    for number in range(5):
+        since, together = now(), threading.Barrier(many)
+        folder.start("")
+
+        def end(rank: int) -> None:
+            together.wait()
+            if rank == 0:
+                RunFolder(tmp_path).finish(5, "rank 0: hung", 7)
+            else:
+                RunFolder(tmp_path).settle(5, f"rank {rank}: hung", since)
+
+        with ThreadPoolExecutor(many) as pool:
+            list(pool.map(end, range(many)))
+        ends = [event for event in folder.read_events() if event["kind"] == "end"]
+        assert len(ends) == number + 1
+        assert ends[-1]["reason"] == folder.read_outcome()["reason"]
 
 
 class MetricsLogClosing:
