@@ -71,6 +71,6 @@ def _attention(q_sbngd, k_sbnd, v_sbnd, *, causal: bool = False, mask: torch.Ten
             q_bngsd.flatten(1, 2), k_bnsd, v_bnsd, is_causal=causal, enable_gqa=group > 1
         )
     else:
-        # The group as more positions of one head: no fused kernel of a GPU takes a mask and grouped queries at once.
+        # The group as more positions of one head: of the fused kernels only cuDNN's takes a mask and grouped queries at once.
         o_bhsd = F.scaled_dot_product_attention(q_bngsd.flatten(2, 3), k_bnsd, v_bnsd, attn_mask=mask)
     return o_bhsd.view(q_bngsd.shape).permute(3, 0, 1, 2, 4)
