@@ -1,6 +1,6 @@
 """One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their optimizer.
 
-    python benchmarks/h100_step.py --out profiles                        everything, 4096 tokens, 4 micro-batches of 1
+    python benchmarks/h100_step.py --out profiles                        everything, 4 micro-batches of 4 x 4096 tokens
     python benchmarks/h100_step.py --only ours,ours-fp8-blockwise,megatron-te --rounds 3
     python benchmarks/h100_step.py --quick                               2 steps of each, without the profiler
     python benchmarks/h100_step.py --model bench_60m --layers 1 --sequence-length 128 --steps 1     tries it on a CPU
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
     parser.add_argument("--layers", type=int, help="instead of as many as fit")
     parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all that is not FP8")
