@@ -110,17 +110,17 @@ def _fill(module: torch.nn.Module, std: float) -> None:
 def _rows_of_peers() -> Iterator[None]:
     """What would go to an expert of another rank goes to the expert of that place on this rank: as many rows as balanced peers
     would send, and what it keeps."""
-    from parallel.dispatch import ExpertDispatcher, ExpertRows
+    from parallel.dispatch import AllToAllDispatcher, ExpertRows
 
-    count_alone = ExpertDispatcher.exchange_counts
+    count_alone = AllToAllDispatcher.exchange_counts
 
-    def count(dispatcher, chosen_re: torch.Tensor) -> ExpertRows:
+    def count(dispatcher, chosen_re: torch.Tensor, places: int) -> ExpertRows:
         held = dispatcher.num_experts // SHARED_BY
-        rows = ExpertRows(count_alone(dispatcher, chosen_re).per_expert.view(SHARED_BY, held).sum(0))
+        rows = ExpertRows(count_alone(dispatcher, chosen_re, places).per_expert.view(SHARED_BY, held).sum(0))
         rows.counts  # the host waits for them, as it does with peers
         return rows
 
-    with replaced(ExpertDispatcher, "exchange_counts", count):
+    with replaced(AllToAllDispatcher, "exchange_counts", count):
         yield
 
 

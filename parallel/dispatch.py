@@ -58,7 +58,7 @@ class RoutingPlan:
         rows: how many rows each expert of this rank receives.
     """
 
-    def __init__(self, dispatcher: "ExpertDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
+    def __init__(self, dispatcher: "AllToAllDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
         self._dispatcher = dispatcher
         tokens, self.top_k = experts_tk.shape
         self._left_out, self._filled = sent_tk is not None, dispatcher.row_multiple > 1
@@ -73,7 +73,7 @@ class RoutingPlan:
             chosen_te = torch.cat([chosen_te, filler_fe])
             each = torch.arange(experts, device=key_p.device)
             key_p = torch.cat([key_p, each.where(filler_fe, experts).reshape(-1)])
-        self.rows = dispatcher.exchange_counts(chosen_te)
+        self.rows = dispatcher.exchange_counts(chosen_te, len(key_p))
         self._sorted = torch.argsort(key_p, stable=True)  # what is not sent comes last
         self._place = torch.empty_like(self._sorted)
         self._place[self._sorted] = torch.arange(len(key_p), device=key_p.device)
@@ -102,18 +102,18 @@ class RoutingPlan:
 
     def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
         """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
-        rows = _Permute.apply(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
+        rows = permute(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
         return self._dispatcher.send(rows, self.rows)
 
     def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
-        answers = self._dispatcher.send_back(rows)
-        pairs = _Permute.apply(answers, self.inverse, self.order, self._left_out, self._filled)
+        answers = self._dispatcher.send_back(rows, self.rows, len(self.order))
+        pairs = permute(answers, self.inverse, self.order, self._left_out, self._filled)
         return pairs.unflatten(0, (-1, self.top_k))
 
     def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> torch.Tensor:
         """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
-        answers = self._dispatcher.send_back(rows)
+        answers = self._dispatcher.send_back(rows, self.rows, len(self.order))
         return _WeightedSum.apply(answers, gates_tk, self.order, self.inverse, self._filled, self._left_out)
 
 
@@ -123,7 +123,7 @@ def _fillers(count_e: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.arange(multiple - 1, device=count_e.device).unsqueeze(1) < missing_e
 
 
-class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
+class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """megatron-core's all-to-all dispatcher over the experts of one layer.
 
     Args:
@@ -152,8 +152,8 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         pairs are sent, None: all. Exchanges the counts."""
         return RoutingPlan(self, experts_tk, sent_tk)
 
-    def exchange_counts(self, chosen_re: torch.Tensor) -> ExpertRows:
-        """Tell every rank how many rows come, from which row goes to which expert. With expert parallelism the numbers are
+    def exchange_counts(self, chosen_re: torch.Tensor, places: int) -> ExpertRows:
+        """Tell every rank how many rows come, from which row goes to which expert; nobody sends more than ``places``. With expert parallelism the numbers are
         on their way to the host, which has to wait for them before it can receive: the one synchronisation of a layer's
         half that dropless routing forces."""
         if self.ep_size == 1:
@@ -182,8 +182,8 @@ class ExpertDispatcher(MoEAlltoAllTokenDispatcher):
         sorted_rows, _, _ = self.dispatch_postprocess(arrived, None)
         return sorted_rows
 
-    def send_back(self, rows: torch.Tensor) -> torch.Tensor:
-        """The way back of :meth:`send`."""
+    def send_back(self, rows: torch.Tensor, received: ExpertRows, sent: int) -> torch.Tensor:
+        """The way back of :meth:`send`, ``[sent, D]``."""
         return rows if self.ep_size == 1 else self.token_combine(self.combine_preprocess(rows))
 
 
@@ -207,6 +207,14 @@ class _GatherTokens(torch.autograd.Function):
         if ctx.left_out:
             grad_rows = F.pad(grad_rows, (0, 0, 0, 1))
         return _sum_of_slots(grad_rows, inverse.view(-1, ctx.top_k)), None, None, None, None, None
+
+
+def permute(
+    rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, some_nobody: bool, some_nobody_back: bool
+) -> torch.Tensor:
+    """``rows[index]``, where ``back`` is the index of the way back. Each may point past its rows, to nobody's zeros, and is said to
+    if it does."""
+    return _Permute.apply(rows, index, back, some_nobody, some_nobody_back)
 
 
 class _Permute(torch.autograd.Function):

@@ -35,7 +35,7 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 def build(
     layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5,
-    row_multiple=None, overlap=False, kernels="torch", fp8_recipe=None,
+    row_multiple=None, overlap=False, kernels="torch", fp8_recipe=None, dispatcher="alltoall",
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -47,7 +47,8 @@ def build(
     from moe_train.training.step import Stepper
 
     options = ModelOptions(
-        DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end, kernels=kernels, fp8_recipe=fp8_recipe
+        DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end, kernels=kernels, fp8_recipe=fp8_recipe,
+        dispatcher=dispatcher,
     )
     chunks = build_model(model, topology, options)
     if row_multiple is not None:

@@ -171,7 +171,7 @@ def test_rounds_are_put_together() -> None:
 
 def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/h100_step.py"), "--only", "ours-fp8-blockwise,ours", "--model", "bench_60m"]
-    command += ["--layers", "1", "--sequence-length", "64", "--steps", "1", "--blocks", "1", "--out", str(tmp_path / "out")]
+    command += ["--layers", "1", "--sequence-length", "64", "--steps", "1", "--micro-batch-size", "1", "--blocks", "1", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from moe_train.model.kernels import kernels_of
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
-from parallel.dispatch import ExpertDispatcher
+from parallel.gather_dispatch import DISPATCHERS
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple
 
@@ -37,7 +37,8 @@ class MixtureOfAttention(torch.nn.Module):
         self.tensor_ranks = topology.layout.tensor
         self.local_heads = attention.num_kv_heads // self.tensor_ranks
         self.router = Router(f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype)
-        self.dispatcher = ExpertDispatcher(experts, engine, topology, sharded, row_multiple(options.fp8_recipe))
+        multiple = row_multiple(options.fp8_recipe)
+        self.dispatcher = DISPATCHERS[options.dispatcher](experts, engine, topology, sharded, multiple)
         self.query = kernels.grouped_linear(f"{name}.query", experts, hidden, width, engine, topology, sharded)
         self.output = kernels.grouped_linear(f"{name}.output", experts, width, hidden, engine, topology, sharded)
         self.kv = kernels.column_parallel(f"{name}.kv", (2, width, hidden), 1, engine, topology)

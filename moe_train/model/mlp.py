@@ -14,7 +14,7 @@ from moe_train.model.kernels import kernels_of
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
-from parallel.dispatch import ExpertDispatcher
+from parallel.gather_dispatch import DISPATCHERS
 from parallel.fuse import fused
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple
@@ -32,7 +32,8 @@ class MixtureOfMLP(torch.nn.Module):
         self.engine, self.recompute = engine, kernels.recompute if options.recompute == "selective" else None
         self.activation = mlp.activation
         self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router_of("mlp"), topology, dtype)
-        self.dispatcher = ExpertDispatcher(mlp.num_experts, engine, topology, row_multiple=row_multiple(options.fp8_recipe))
+        multiple = row_multiple(options.fp8_recipe)
+        self.dispatcher = DISPATCHERS[options.dispatcher](mlp.num_experts, engine, topology, row_multiple=multiple)
         experts, ffn = mlp.num_experts, mlp.ffn_hidden_size
         self.gate_up = kernels.grouped_linear(f"{name}.gate_up", experts, hidden, 2 * ffn, engine, topology)
         self.down = kernels.grouped_linear(f"{name}.down", experts, ffn, hidden, engine, topology)

@@ -25,7 +25,7 @@ def _functions() -> dict[str, list[tuple[type, str]]]:
     from moe_train.model.norm import RMSNorm
     from moe_train.model.router import Router
     from moe_train.training.optimizer import Optimizer
-    from parallel.dispatch import ExpertDispatcher, RoutingPlan
+    from parallel.dispatch import AllToAllDispatcher, RoutingPlan
 
     grouped, norms = [(GroupedLinear, "forward")], [(RMSNorm, "forward")]
     with_te = sys.modules.get("moe_train.model.transformer_engine")  # loaded where the model is built from it
@@ -37,7 +37,7 @@ def _functions() -> dict[str, list[tuple[type, str]]]:
         "attention": [(kind, "forward") for kind in ATTENTION.values()],
         "mlp": [(kind, "forward") for kind in MLP.values()],
         "experts": grouped,
-        "dispatch": [(ExpertDispatcher, "plan"), *((RoutingPlan, trip) for trip in trips)],
+        "dispatch": [(AllToAllDispatcher, "plan"), *((RoutingPlan, trip) for trip in trips)],
         "router": [(Router, "forward")],
         "norm": norms,
         "head": [(VocabularyHead, "loss"), (VocabularyHead, "logits")],

@@ -170,6 +170,7 @@ class Trainer:
             recompute=training.recompute,
             sharded_attention=self.config.parallel.attention_experts == "sharded",
             document_end=self.config.document_end,
+            dispatcher=self.config.parallel.dispatcher,
             kernels=choose_kernels(training.kernels, recipe),
             fp8_recipe=recipe,
         )

@@ -85,7 +85,8 @@ def test_nor_does_what_the_routers_do(ranks, name, layout):
     model = {"router": router, "mlp": MixtureOfMLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2, router=mlp if of_mlp else None)}
     expected = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, model=model)[0]
     recompute = "full" if len(layout) == 2 else "none"
-    curves = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, model=model, recompute=recompute)
+    options = {"recompute": recompute, "dispatcher": "allgather" if layout == {"expert": 2} else "alltoall"}
+    curves = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, model=model, **options)
     assert_same_curve(curves[0], expected, f"{layout} {name}")
     last, wanted = curves[0][-1], expected[-1]
     assert last["drop_rates"] == pytest.approx(wanted["drop_rates"], abs=0.02) and max(wanted["drop_rates"].values()) > 0.05
@@ -95,6 +96,19 @@ def test_nor_does_what_the_routers_do(ranks, name, layout):
     assert all(curve[-1]["coefficients"] == last["coefficients"] for curve in curves), "ranks disagree"
     for name, figures in wanted["routers"].items():
         assert last["routers"][name]["max1_over_max2"] == pytest.approx(figures["max1_over_max2"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "world_size, layout, options",
+    [
+        (2, {"expert": 2}, {"row_multiple": 4}),
+        (2, {"tensor": 2, "expert": 2}, {"recompute": "full"}),
+        (4, {"pipeline": 2, "expert": 2}, {}),
+    ],
+)
+def test_nor_on_the_dispatcher(ranks, one_rank, world_size, layout, options):
+    curve = ranks(world_size).run("tests.steps_on_ranks:train", layout, steps=4, dispatcher="allgather", **options)[0]
+    assert_same_curve(curve, one_rank[:4], f"{layout} all-gather")
 
 
 def test_nor_where_the_rows_of_experts_are_filled_up(ranks, one_rank):

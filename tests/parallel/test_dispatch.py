@@ -23,7 +23,7 @@ def topology():
 def new_dispatcher(topology, row_multiple: int = 1):
     from megatron.core.transformer import TransformerConfig
 
-    from parallel.dispatch import ExpertDispatcher
+    from parallel.dispatch import AllToAllDispatcher
 
     engine = TransformerConfig(
         num_layers=1,
@@ -33,7 +33,7 @@ def new_dispatcher(topology, row_multiple: int = 1):
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
     )
-    return ExpertDispatcher(EXPERTS, engine, topology, row_multiple=row_multiple)
+    return AllToAllDispatcher(EXPERTS, engine, topology, row_multiple=row_multiple)
 
 
 @pytest.fixture(scope="module")
