@@ -4,8 +4,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from parallel import cpu_backend, engine
 from parallel.errors import EngineError
@@ -24,6 +28,14 @@ def test_megatron_core_still_asks_for_it(stand_in):
 def test_no_target_is_replaced_twice():
     targets = [stand_in.target for stand_in in STAND_INS]
     assert len(set(targets)) == len(targets)
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch is built with CUDA: what is fused there is compiled")
+def test_a_rank_on_a_cpu_starts_without_the_compiler():
+    """Which would take a third of its start, and 60 MB of each rank."""
+    code = "import sys, parallel.engine, moe_train.training.loop; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).returncode == 0
 
 
 def test_another_version_of_megatron_core_is_refused(monkeypatch):
