@@ -19,7 +19,7 @@ def limited(slurm, tmp_path_factory):
     """A run whose time is up after two minutes, and longer than anybody waits for; the other tests go on meanwhile, before it."""
     folder = tmp_path_factory.mktemp("limited")
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec nice -n 5 {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec nice -n 10 {sys.executable} "$@"\n')
     python.chmod(0o755)
     run = Launched(slurm, folder, steps=500_000, cluster={"warning": "60s", "python": str(python)})
     run.submit("--time", "2m")
