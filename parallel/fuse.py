@@ -13,7 +13,12 @@ dropless routing the number of rows is another in each step, and none is compile
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +67,19 @@ def compiles(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether torch.compile can make kernels for this GPU: it takes Triton, which comes with torch's builds for CUDA."""
+    """Whether torch.compile can make kernels for this GPU: it takes Triton, which comes with torch's builds for CUDA, and what
+    Triton builds its own part with, a C compiler and Python's headers. Says once what is missing: without it all is slower."""
     from torch.utils._triton import has_triton
 
-    return has_triton()
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's: Triton looks there
+    headers = Path(sysconfig.get_path("include", scheme), "Python.h")
+    missing = None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing = "a C compiler (gcc, clang, or one that CC names)"
+    elif not headers.exists():
+        missing = f"Python's headers ({headers})"
+    elif not has_triton():
+        missing = "its backend for this GPU"  # by its name the engine's filter of warnings would take this for megatron-core's
+    if missing:
+        warnings.warn(f"torch.compile lacks {missing}: elementwise chains run uncompiled, which is slower", stacklevel=2)
+    return missing is None

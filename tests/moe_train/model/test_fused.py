@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -160,3 +161,22 @@ def test_cpus_call_no_compiler(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     assert fused(torch.neg)(torch.ones(3)).tolist() == [-1, -1, -1]
     assert fused(torch.neg, eager=torch.abs)(torch.ones(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("missing", [None, "a C compiler", "Python's headers", "its backend for this GPU"])
+def test_what_the_compiler_lacks_is_said_and_nothing_is_compiled(monkeypatch, tmp_path, missing) -> None:
+    """Triton builds its own part when the first kernel is called: too late to go on without it."""
+    from torch.utils import _triton
+
+    from parallel import fuse
+
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fuse.shutil, "which", lambda name: None if missing == "a C compiler" else f"/usr/bin/{name}")
+    headers = tmp_path / "none" if missing == "Python's headers" else tmp_path
+    monkeypatch.setattr(fuse.sysconfig, "get_path", lambda *_: str(headers))
+    monkeypatch.setattr(_triton, "has_triton", lambda: missing != "its backend for this GPU")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert fuse.has_compiler.__wrapped__() == (missing is None)
+    assert [str(each.message).startswith(f"torch.compile lacks {missing}") for each in said] == [True] * (missing is not None)
