@@ -13,6 +13,7 @@ from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
 from moe_train.training.signals import StopRequest
+from parallel import cuda_settings
 from parallel.rank import exit_status, is_lost_connection
 from parallel.spawn import local_gpus, rank_environment, rank_log_path, run_rank, spawn_ranks, tell
 
@@ -110,6 +111,7 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
 
 
 def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopRequest, since: str) -> int:
+    cuda_settings.export(run.layout(world_size))  # before torch is imported, parts of which ask CUDA for its devices
     from parallel import engine  # the first import of megatron-core: it takes seconds
 
     changes = check_run(run, world_size, resume)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from parallel.cuda_settings import export, settings
@@ -24,6 +27,25 @@ def test_the_users_own_stay():
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
+
+
+def test_a_run_exports_them_before_torch_is_there():
+    """Parts of it ask CUDA for its devices as they are imported, and CUDA reads its variables once."""
+    program = """
+import os, sys
+from types import SimpleNamespace
+from moe_train.training import run
+from parallel.layout import Layout
+sys.modules["parallel.engine"] = None
+try:
+    run._start_and_train(SimpleNamespace(layout=lambda ranks: Layout(ranks, ranks, 1, None, 1, 1)), 2, "never", None, "")
+except ImportError:
+    print(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], "torch" in sys.modules)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "1 False\n", done.stderr
 
 
 def test_the_page_for_people_has_each():
