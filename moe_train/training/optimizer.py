@@ -147,13 +147,12 @@ class Optimizer:
     @property
     def steps_taken(self) -> int:
         """Updates so far, as AdamW's bias correction counts them."""
+        counts = [0]
         for part in self._parts:
             for group in part.optimizer.param_groups:
-                if "step" in group:
-                    return int(group["step"])
-                for parameter in group["params"]:
-                    return int(part.optimizer.state[parameter].get("step", 0))
-        return 0
+                first = [part.optimizer.state[parameter] for parameter in group["params"][:1]]
+                counts += [int(holder["step"]) for holder in (group, *first) if "step" in holder]
+        return max(counts)  # Apex and older versions of Transformer Engine do not count on where a group is empty
 
     def set_steps_taken(self, steps: int) -> None:
         """Set the count of updates, after the state has been filled in from a checkpoint."""
