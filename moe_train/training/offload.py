@@ -49,7 +49,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 host.grad = None
                 continue
             if host.grad is None:
-                host.grad = torch.empty_like(host)
+                host.grad = torch.empty_like(host, pin_memory=parameter.is_cuda)  # else the copy is several times slower
             host.grad.copy_(parameter.grad, non_blocking=True)
         _wait(self._hosts)
         for group, host_group in zip(self.param_groups, self._adam.param_groups):
