@@ -67,10 +67,11 @@ def outputs(compiled: bool = True, changes: dict | None = None, **options) -> di
     """Logits, loss, and the gradient of every parameter by its global name (experts that are parameters of their own put together).
 
     Args:
-        compiled: False: every `torch.compile` does nothing.
+        compiled: False: nothing that `torch.compile` made is used.
         options: of :func:`build`.
     """
-    torch._dynamo.config.disable = not compiled
+    # What this process has compiled before would still run if the compiler were merely disabled.
+    torch.compiler.set_stance("default" if compiled else "force_eager")
     config = model(**(changes or {}))
     chunks, stepper, optimizer, topology = build(config, **options)
     windows = windows_of(config, 0, topology.device)
