@@ -111,7 +111,7 @@ class Router(torch.nn.Module):
         groups = tokens.sequences if self.config.scope == "sequence" else 1
         rule = (self.top_k, self.config.renormalize, self.config.logit_scale if self.config.normalize_logits else None)
         with_losses = self.training and torch.is_grad_enabled()
-        if torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled():  # by one kernel in the first pass and in a recomputation: ties break alike
             gates_tk, experts_tk, *sums = _Choice.apply(logits_te, *rule, valid, groups)
         else:
             gates_tk, experts_tk = choose(logits_te, *rule)
