@@ -22,7 +22,6 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 
-
 def _import_megatron_uncompiled() -> None:
     """Import megatron-core with its fused functions as they are written.
 
