@@ -66,6 +66,6 @@ def _holds_a_tensor(values) -> bool:
 def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.name != "host_waits.py":
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.name != "host_waits.py":
             return f"{path.relative_to(ROOT)}:{frame.name}"
     return "elsewhere"

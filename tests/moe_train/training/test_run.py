@@ -11,6 +11,7 @@ from moe_train.errors import UserError
 from moe_train.training import run
 from moe_train.training.run_folder import RunFolder, now
 from moe_train.training.signals import StopRequest
+from parallel.layout import Layout
 from parallel.spawn import SpawnResult
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
@@ -56,7 +57,7 @@ def test_the_groups_are_left_only_after_success(monkeypatch, fails):
     monkeypatch.setattr(run, "check_run", lambda *_: [])
     monkeypatch.setattr(run, "_train", train)
     faults, training = SimpleNamespace(step_timeout=1.0), SimpleNamespace(seed=0, deterministic=False)
-    config = SimpleNamespace(layout=lambda world_size: None, faults=faults, training=training)
+    config = SimpleNamespace(layout=lambda size: Layout(size, 1, 1, None, 1, size), faults=faults, training=training)
     if fails:
         with pytest.raises(UserError):
             run._start_and_train(config, 1, "auto", StopRequest(), now())
