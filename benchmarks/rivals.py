@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 from contestants import ALONE, LEARNING_RATE, Contestant, Unavailable, experts_in_turn, replaced
 
+from moe_train.convert.hf_config import hf_config
 from moe_train.model.config import GroupedQueryAttentionConfig, ModelConfig
 from parallel import cuda_settings
 
@@ -63,18 +64,7 @@ def jetmoe_config(model: ModelConfig, attention: str = "sdpa"):
     """transformers' config of the same model."""
     from transformers import JetMoeConfig
 
-    return JetMoeConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_key_value_heads=model.attention.num_kv_heads,
-        kv_channels=model.attention.head_dim,
-        num_local_experts=model.mlp.num_experts,
-        num_experts_per_tok=model.mlp.top_k,
-        intermediate_size=model.mlp.ffn_hidden_size,
-        max_position_embeddings=model.max_sequence_length,
-        attn_implementation=attention,
-    )
+    return JetMoeConfig.from_dict(hf_config(model, "float32", None), attn_implementation=attention)
 
 
 def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], precision: str, recompute: str) -> Contestant:

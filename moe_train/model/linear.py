@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from parallel.placement import Placement, place
@@ -14,33 +15,37 @@ from parallel.topology import Topology
 
 
 def column_parallel(
-    name: str, global_shape: tuple[int, ...], split: int, engine, topology: Topology
-) -> ColumnParallelLinear:
+    name: str, global_shape: tuple[int, ...], split: int, engine, topology: Topology, make: type = ColumnParallelLinear
+) -> torch.nn.Module:
     """``[s, B, H] -> [S, B, this rank's outputs]``; gathers the sequence.
 
     ``global_shape`` is that of ``name.weight``, the outputs in any number of dimensions and then H; dimension ``split``
-    of the outputs is divided over the tensor ranks.
+    of the outputs is divided over the tensor ranks. ``make`` is megatron-core's class, with Transformer Engine or without.
     """
     *outputs, hidden = global_shape
-    layer = ColumnParallelLinear(
+    layer = make(
         hidden,
         math.prod(outputs),
         config=engine,
         init_method=None,
         bias=False,
         gather_output=False,
+        skip_bias_add=False,
+        is_expert=False,
         tp_group=topology.groups.tp,
     )
-    return place_linear(layer, name, global_shape, split, topology)
+    return _placed(layer, name, global_shape, split, topology)
 
 
-def row_parallel(name: str, global_shape: tuple[int, int], engine, topology: Topology) -> RowParallelLinear:
+def row_parallel(
+    name: str, global_shape: tuple[int, int], engine, topology: Topology, make: type = RowParallelLinear
+) -> torch.nn.Module:
     """``[S, B, this rank's inputs] -> [s, B, H]``; sums over the tensor ranks and scatters the sequence.
 
     ``global_shape`` is that of ``name.weight``, ``[H, inputs]``.
     """
     hidden, inputs = global_shape
-    layer = RowParallelLinear(
+    layer = make(
         inputs,
         hidden,
         config=engine,
@@ -48,13 +53,13 @@ def row_parallel(name: str, global_shape: tuple[int, int], engine, topology: Top
         bias=False,
         input_is_parallel=True,
         skip_bias_add=False,
+        is_expert=False,
         tp_group=topology.groups.tp,
     )
-    return place_linear(layer, name, global_shape, 1, topology)
+    return _placed(layer, name, global_shape, 1, topology)
 
 
-def place_linear(layer, name: str, global_shape: tuple[int, ...], split: int, topology: Topology):
-    """Say which part of ``name.weight`` ``layer`` holds, whose dimension ``split`` is divided over the tensor ranks."""
+def _placed(layer, name: str, global_shape: tuple[int, ...], split: int, topology: Topology):
     shape, offset = list(global_shape), [0] * len(global_shape)
     shape[split] //= topology.layout.tensor
     offset[split] = topology.tensor_rank * shape[split]

@@ -6,8 +6,8 @@ gradients go straight into the fp32 buffer that data parallelism reduces.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import transformer_engine.pytorch as te
@@ -22,7 +22,7 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.enums import AttnMaskType
 
 from moe_train.model.kernels import Kernels, Scales
-from moe_train.model.linear import place_linear
+from moe_train.model.linear import column_parallel, row_parallel
 from moe_train.model.norm import RMSNorm
 from moe_train.model.parameters import expert_parallel, sequence_parallel
 from parallel.dispatch import ExpertRows
@@ -39,42 +39,6 @@ def norm(name: str, size: int, eps: float, topology: Topology, dtype: torch.dtyp
     place(layer.weight, Placement(f"{name}.weight", (size,), (0,), (size,), (size,), topology.tensor_rank))
     sequence_parallel(layer.weight)
     return layer
-
-
-def column_parallel(
-    name: str, global_shape: tuple[int, ...], split: int, engine, topology: Topology
-) -> TEColumnParallelLinear:
-    """As :func:`moe_train.model.linear.column_parallel`."""
-    *outputs, hidden = global_shape
-    layer = TEColumnParallelLinear(
-        hidden,
-        math.prod(outputs),
-        config=engine,
-        init_method=None,
-        bias=False,
-        gather_output=False,
-        skip_bias_add=False,
-        is_expert=False,
-        tp_group=topology.groups.tp,
-    )
-    return place_linear(layer, name, global_shape, split, topology)
-
-
-def row_parallel(name: str, global_shape: tuple[int, int], engine, topology: Topology) -> TERowParallelLinear:
-    """As :func:`moe_train.model.linear.row_parallel`."""
-    hidden, inputs = global_shape
-    layer = TERowParallelLinear(
-        inputs,
-        hidden,
-        config=engine,
-        init_method=None,
-        bias=False,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        is_expert=False,
-        tp_group=topology.groups.tp,
-    )
-    return place_linear(layer, name, global_shape, 1, topology)
 
 
 class GroupedLinear(torch.nn.Module):
@@ -184,8 +148,8 @@ def recompute(engine, function: Callable, x: torch.Tensor) -> torch.Tensor:
 
 TRANSFORMER_ENGINE = Kernels(
     norm=norm,
-    column_parallel=column_parallel,
-    row_parallel=row_parallel,
+    column_parallel=partial(column_parallel, make=TEColumnParallelLinear),
+    row_parallel=partial(row_parallel, make=TERowParallelLinear),
     grouped_linear=GroupedLinear,
     attention=CausalAttention,
     recompute=recompute,

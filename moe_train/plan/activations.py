@@ -26,6 +26,7 @@ class Workload:
     element: int
     """Bytes of an activation's element (2 for bf16, 4 for fp32)."""
     sharded_attention: bool = True
+    dispatcher: str = "alltoall"
 
     @property
     def whole(self) -> int:
@@ -139,7 +140,8 @@ def logits_bytes(work: Workload, device: str = "cuda") -> int:
 
 
 def dispatch_bytes(work: Workload, worst: bool = False) -> int:
-    """Buffers of one all-to-all: what is sent, what is received, and the received sorted by expert."""
+    """Buffers of one exchange: what is sent, what is received (by all-gather the rows of every rank), and the received
+    sorted by expert."""
     if work.layout.expert == 1:
         return 0
     attention, mlp, hidden = work.model.attention, work.model.mlp, work.model.hidden_size
@@ -149,7 +151,8 @@ def dispatch_bytes(work: Workload, worst: bool = False) -> int:
     if attention.num_experts and work.sharded_attention:
         home = work.tokens * attention.top_k
         trips.append((work.rows("attention", worst), home, max(hidden, attention.width)))
-    return max(((2 * rows + home) * width for rows, home, width in trips), default=0) * work.element
+    gathered = work.layout.expert if work.dispatcher == "allgather" else 0
+    return max(((home + (gathered * home or rows) + rows) * width for rows, home, width in trips), default=0) * work.element
 
 
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:

@@ -58,6 +58,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         training.micro_batch_size,
         ELEMENT[training.precision],
         config.parallel.attention_experts == "sharded",
+        config.parallel.dispatcher,
     )
 
 

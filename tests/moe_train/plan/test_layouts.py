@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moe_train.cli import main
 from moe_train.plan import shards
-from moe_train.plan.activations import Workload
+from moe_train.plan.activations import Workload, dispatch_bytes
 from moe_train.plan.hardware import load_hardware
 from moe_train.plan.layouts import candidates, evaluate
 from moe_train.plan.run_file import load_plan
@@ -76,6 +77,10 @@ def test_volumes_by_hand() -> None:
     whole, tokens, k = 32, 16, 2
     assert tensor == layers * 2 * 0.5 * (3 * whole * hidden + 4 * tokens * k * width)
     assert expert == layers * 2 * 0.75 * (4 * tokens * k * hidden + 4 * tokens * k * (hidden + width))
+    gathering = replace(work, dispatcher="allgather")  # each row goes to 3 others instead of 0.75
+    assert exchanged_bytes(gathering, "none", layers) == (tensor, 4 * expert)
+    home = tokens * k
+    assert dispatch_bytes(gathering) == (home + 4 * home + home) * 32 * 2 and dispatch_bytes(work) == 3 * home * 32 * 2
     alone = Workload(model, make_layout(4), 16, 2, 2)
     assert exchanged_bytes(alone, "none", layers) == (0, 0)
 
