@@ -110,13 +110,14 @@ def _fill(module: torch.nn.Module, std: float) -> None:
 def _rows_of_peers() -> Iterator[None]:
     """What would go to an expert of another rank goes to the expert of that place on this rank: as many rows as balanced peers
     would send, and what it keeps."""
-    from parallel.dispatch import AllToAllDispatcher, ExpertRows
+    from parallel.dispatch.alltoall import AllToAllDispatcher
+    from parallel.dispatch.rows import ExpertRows
 
     count_alone = AllToAllDispatcher.exchange_counts
 
-    def count(dispatcher, chosen_re: torch.Tensor, places: int) -> ExpertRows:
+    def count(dispatcher, count_e: torch.Tensor, places: int) -> ExpertRows:
         held = dispatcher.num_experts // SHARED_BY
-        rows = ExpertRows(count_alone(dispatcher, chosen_re, places).per_expert.view(SHARED_BY, held).sum(0))
+        rows = ExpertRows(count_alone(dispatcher, count_e, places).per_expert.view(SHARED_BY, held).sum(0))
         rows.counts  # the host waits for them, as it does with peers
         return rows
 

@@ -144,6 +144,7 @@ def load_run(
         config = config.model_copy(update={"schedule": config.schedule.resolved(config.total_tokens)})
         _check_lengths(config, document)
         _check_fp8(config, document)
+        _check_flex(config, document)
     return config
 
 
@@ -193,3 +194,19 @@ def _check_fp8(config: RunConfig, document: Document) -> None:
             split = f" on {parts} tensor ranks" if parts > 1 else ""
             reason = f"fp8 multiplies in multiples of {multiple}, and {name} is {size}{split}; set bf16"
             raise document.error(("training", "precision"), reason)
+
+
+def _check_flex(config: RunConfig, document: Document) -> None:
+    """DeepEP sends bf16, in pieces of 16 bytes, from memory that torch must not fill beside it as its deterministic mode does."""
+    training, attention, parallel = config.training, config.model.attention, config.parallel
+    if parallel.dispatcher != "flex" or parallel.expert == 1:
+        return
+    reason = None
+    if training.precision == "fp32":
+        reason = "flex sends bf16 only; take alltoall, or set training.precision to bf16"
+    elif training.deterministic:
+        reason = "flex cannot be used with training.deterministic; take alltoall"
+    elif config.model.hidden_size % 8 or attention.num_kv_heads * attention.head_dim % 8:
+        reason = "flex sends rows of a multiple of 8 numbers, which hidden_size or attention.head_dim x its heads is not; take alltoall"
+    if reason:
+        raise document.error(("parallel", "dispatcher"), reason)

@@ -33,8 +33,9 @@ class ParallelConfig(BaseModel):
     """Ranks that share the experts of a layer; divides tensor x data and the number of experts."""
     attention_experts: Literal["sharded", "replicated"] = "sharded"
     """With expert parallelism: attention experts split like those of the MLP, or kept whole on every rank."""
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """With expert parallelism: each rank gets the rows of its experts alone, or those of all ranks and keeps its own."""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """With expert parallelism: each rank gets the rows of its experts alone, or those of all ranks and keeps its own, or those of
+    its experts by DeepEP's kernels."""
 
 
 @dataclass(frozen=True)

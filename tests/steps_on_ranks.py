@@ -219,7 +219,7 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
     """
     from moe_train.model.grouped_linear import GroupedLinear, grouped_mm
     from parallel import cpu_backend
-    from parallel.dispatch import ExpertRows
+    from parallel.dispatch.rows import ExpertRows
     from tests.host_waits import host_waits
 
     config = small_model(**(model or {}))
@@ -239,5 +239,17 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
             monitor.reset()
             stepper.train(list(windows.split(MICRO_BATCH)))
             optimizer.update(1e-3, optimizer.gradient_norm())
-    there = re.compile(r"tolist in parallel/(dispatch.py:(?!counts$)|cpu_backend.py:_splits_as_list)")
+    there = re.compile(r"tolist in parallel/(dispatch/\w+.py:(?!counts$)|cpu_backend.py:_splits_as_list)")
     return [wait for wait in waits if not there.match(wait)]
+
+
+def train_by_deep_ep(layout: dict, **options) -> list[dict]:
+    """:func:`train` with the dispatcher ``flex``, over a DeepEP of gloo's making."""
+    from tests.deep_ep_on_cpu import deep_ep_on_cpu
+
+    from megatron.core.transformer.moe import fused_a2a
+
+    with deep_ep_on_cpu():
+        figures = train(layout, dispatcher="flex", **options)
+        assert fused_a2a._buffer is not None, "nothing went through DeepEP's buffer"
+    return figures

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moe_train.model.gradients import add_product, added_to_main_grad, has_main_grad
 from moe_train.model.parameters import expert_parallel, new_parameter, sequence_parallel
-from parallel.dispatch import ExpertRows
+from parallel.dispatch.rows import ExpertRows
 from parallel.topology import Topology
 
 

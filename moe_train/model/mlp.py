@@ -14,7 +14,7 @@ from moe_train.model.kernels import kernels_of
 from moe_train.model.options import ModelOptions
 from moe_train.model.parameters import output_bias
 from moe_train.model.router import Router, Tokens
-from parallel.gather_dispatch import DISPATCHERS
+from parallel.dispatch.kinds import DISPATCHERS
 from parallel.fuse import fused
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple

@@ -25,7 +25,7 @@ from moe_train.model.kernels import Kernels, Scales
 from moe_train.model.linear import column_parallel, row_parallel
 from moe_train.model.norm import RMSNorm
 from moe_train.model.parameters import expert_parallel, sequence_parallel
-from parallel.dispatch import ExpertRows
+from parallel.dispatch.rows import ExpertRows
 from parallel.placement import Placement, place
 from parallel.topology import Topology
 from parallel.transformer_engine import precision_context

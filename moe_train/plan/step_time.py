@@ -72,7 +72,7 @@ def exchanged_bytes(work: Workload, recompute: str, layers: int) -> tuple[float,
         tensor = away * (_ATTENTION_OVER_TENSOR_RANKS[attention.kind](work) + _MLP_OVER_TENSOR_RANKS[mlp.kind](work))
     if layout.expert > 1:
         away = layout.expert - 1  # how often a row is sent: to every other rank, or to one that is seldom this one
-        if work.dispatcher == "alltoall":
+        if work.dispatcher != "allgather":
             away /= layout.expert
         if mlp.num_experts:
             expert = away * 4 * work.tokens * mlp.top_k * hidden

@@ -25,7 +25,8 @@ def _functions() -> dict[str, list[tuple[type, str]]]:
     from moe_train.model.norm import RMSNorm
     from moe_train.model.router import Router
     from moe_train.training.optimizer import Optimizer
-    from parallel.dispatch import AllToAllDispatcher, RoutingPlan
+    from parallel.dispatch.alltoall import AllToAllDispatcher, RoutingPlan
+    from parallel.dispatch.flex import FlexDispatcher, FlexPlan
 
     grouped, norms = [(GroupedLinear, "forward")], [(RMSNorm, "forward")]
     with_te = sys.modules.get("moe_train.model.transformer_engine")  # loaded where the model is built from it
@@ -37,7 +38,10 @@ def _functions() -> dict[str, list[tuple[type, str]]]:
         "attention": [(kind, "forward") for kind in ATTENTION.values()],
         "mlp": [(kind, "forward") for kind in MLP.values()],
         "experts": grouped,
-        "dispatch": [(AllToAllDispatcher, "plan"), *((RoutingPlan, trip) for trip in trips)],
+        "dispatch": [
+            *((dispatcher, "plan") for dispatcher in (AllToAllDispatcher, FlexDispatcher)),
+            *((plan, trip) for plan in (RoutingPlan, FlexPlan) for trip in trips),
+        ],
         "router": [(Router, "forward")],
         "norm": norms,
         "head": [(VocabularyHead, "loss"), (VocabularyHead, "logits")],

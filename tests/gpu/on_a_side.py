@@ -199,7 +199,7 @@ def layer(kind: str, kernels: str, precision: str, seed: int = 3) -> dict[str, n
         inputs = [draw(LENGTH, BATCH, heads, 2, width), draw(LENGTH, BATCH, heads, width), draw(LENGTH, BATCH, heads, width)]
         out = module(*inputs)
     elif kind == "grouped":
-        from parallel.dispatch import ExpertRows
+        from parallel.dispatch.rows import ExpertRows
 
         module = made.grouped_linear("grouped", 8, hidden, 384, settings, topology, True)
         counts = torch.tensor([32, 0, 64, 16, 16, 48, 80, 0], device=topology.device)

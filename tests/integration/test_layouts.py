@@ -111,6 +111,26 @@ def test_nor_on_the_dispatcher(ranks, one_rank, world_size, layout, options):
     assert_same_curve(curve, one_rank[:4], f"{layout} all-gather")
 
 
+@pytest.mark.parametrize(
+    "world_size, layout, options",
+    [
+        (2, {"expert": 2}, {"row_multiple": 16}),
+        (2, {"tensor": 2, "expert": 2}, {"recompute": "full"}),
+        (2, {"expert": 2}, {"sharded_attention": False, "recompute": "selective"}),
+        (4, {"tensor": 2, "expert": 4}, {"model": {"router": {"capacity_factor": 1.0, "drop_by": "position"}}}),
+        (4, {"pipeline": 2, "expert": 2}, {}),
+    ],
+)
+def test_deep_ep_changes_no_bit_of_the_all_to_all(ranks, world_size, layout, options):
+    from moe_train.model.config import RouterConfig
+
+    options = {"precision": "bf16", **options}
+    if "model" in options:
+        options["model"] = {"router": RouterConfig(load_balancing_coef=0.02, **options["model"]["router"])}
+    expected = ranks(world_size).run("tests.steps_on_ranks:train", layout, steps=4, **options)
+    assert ranks(world_size).run("tests.steps_on_ranks:train_by_deep_ep", layout, steps=4, **options) == expected
+
+
 def test_nor_where_the_rows_of_experts_are_filled_up(ranks, one_rank):
     curve = ranks(2).run("tests.steps_on_ranks:train", {"tensor": 2, "expert": 2}, steps=4, row_multiple=16)[0]
     assert_same_curve(curve, one_rank[:4], "rows in multiples of 16")

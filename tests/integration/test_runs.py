@@ -275,6 +275,15 @@ def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
         (["data.mixture=nowhere.yaml"], ["nowhere.yaml"]),
         (["--resume", "iter_0000999"], ["iter_0000999"]),
         (["training.precision=fp8"], ["fp8 multiplies in multiples of 16", "hidden_size"]),
+        (["parallel.dispatcher=flex", "parallel.expert=2"], ["parallel.dispatcher", "flex sends bf16 only"]),
+        (
+            ["parallel.dispatcher=flex", "parallel.expert=2", "training.precision=bf16", "training.deterministic=true"],
+            ["flex cannot be used with training.deterministic"],
+        ),
+        (
+            ["parallel.dispatcher=flex", "parallel.expert=2", "training.precision=bf16", "model.hidden_size=36"],
+            ["flex sends rows of a multiple of 8 numbers"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):
@@ -302,6 +311,12 @@ def test_what_needs_a_gpu_is_refused_without_one(tmp_path, asked, named):
     status, said = run(tmp_path, *asked)
     assert status == 2 and said.count("\n") == 1, said
     assert f"{named} needs a GPU, and this rank sees none" in said
+
+
+def test_deep_ep_is_refused_where_it_is_not_installed(tmp_path):
+    write_corpora(tmp_path)
+    status, said = run(tmp_path, "parallel.dispatcher=flex", "parallel.expert=2", "training.precision=bf16")
+    assert status == 2 and said.count("\n") == 1 and "parallel.dispatcher: flex needs DeepEP" in said, said
 
 
 def test_a_token_id_over_the_vocabulary_names_its_corpus(tmp_path):

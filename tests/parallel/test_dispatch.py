@@ -23,7 +23,7 @@ def topology():
 def new_dispatcher(topology, row_multiple: int = 1):
     from megatron.core.transformer import TransformerConfig
 
-    from parallel.dispatch import AllToAllDispatcher
+    from parallel.dispatch.alltoall import AllToAllDispatcher
 
     engine = TransformerConfig(
         num_layers=1,

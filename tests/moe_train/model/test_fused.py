@@ -39,7 +39,7 @@ def places(rows: int):
 def cases():
     """Name -> (function, arguments for a number of rows in a precision, compilations)."""
     from moe_train.model import head, mlp, norm, rope, router
-    from parallel import dispatch
+    from parallel.dispatch import moves
 
     def norm_backward(rows, dtype):
         grad, x, weight = randoms((rows, 32), (rows, 32), (32,), dtype=dtype)
@@ -54,13 +54,16 @@ def cases():
         top = logits.amax(1).float()
         return logits, torch.arange(rows) - 1, top, (logits.float() - top[:, None]).exp().sum(1), 0.1
 
-    def weighted(rows, dtype):
+    def weighted(rows, dtype, left_out=False):
         (x, gates), (_, inverse) = randoms((rows, 16), (rows // K, K), dtype=dtype), places(rows)
-        return x, gates, inverse.view(-1, K)
+        return x, gates, inverse.add(2 * left_out).clamp(max=rows).view(-1, K), left_out
 
     def weighted_backward(rows, dtype):
         grad, x, gates = randoms((rows // K, 16), (rows, 16), (rows // K, K), dtype=dtype)
         return grad, x, gates, *places(rows), False, False
+
+    def some_nobodys(rows, dtype):
+        return *randoms((rows, 16), dtype=dtype), torch.arange(0, rows + 1, 4)
 
     def turn(rows, dtype):
         return randoms((rows, 2, 4, 8), (rows, 1, 1, 4), (rows, 1, 1, 4), dtype=dtype)
@@ -77,9 +80,11 @@ def cases():
         "router, backward": (router._choice_backward, choice_backward, 2),
         "head": (head._total_and_target, lambda rows, dtype: head_gradient(rows, dtype)[:3], 1),
         "head, gradient": (head._gradient, head_gradient, 1),
-        "dispatch": (dispatch._sum_of_slots, lambda rows, dtype: weighted(rows, dtype)[::2], 2),
-        "dispatch, weighted": (dispatch._weighted_sum_of_slots, weighted, 2),
-        "dispatch, backward": (dispatch._weighted_sum_backward, weighted_backward, 2),
+        "dispatch": (moves._sum_of_slots, lambda rows, dtype: (lambda x, _, *slots: (x, *slots))(*weighted(rows, dtype)), 2),
+        "dispatch, some nobody's": (moves._or_zeros, some_nobodys, 2),
+        "dispatch, weighted": (moves._weighted_sum_of_slots, weighted, 2),
+        "dispatch, some left out": (moves._weighted_sum_of_slots, lambda rows, dtype: weighted(rows, dtype, True), 2),
+        "dispatch, backward": (moves._weighted_sum_backward, weighted_backward, 2),
     }
 
 

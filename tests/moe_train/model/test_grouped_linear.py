@@ -92,7 +92,7 @@ def test_the_layer_knows_its_place(topology):
 def test_torchs_grouped_product_is_the_loop_too(topology, counts, dtype):
     """What runs on GPUs runs here as well."""
     from moe_train.model.grouped_linear import grouped_linear_reference, grouped_mm
-    from parallel.dispatch import ExpertRows
+    from parallel.dispatch.rows import ExpertRows
 
     generator = torch.Generator().manual_seed(3)
     x, weight, grad = (
@@ -116,7 +116,7 @@ def test_the_grouped_product_adds_to_the_buffer(topology, monkeypatch, on_host):
     """Expert by expert where the host knows the counts, else all at once; DDP is told, and finds no memory taken."""
     from moe_train.model.gradients import accumulate_in_place
     from moe_train.model.grouped_linear import grouped_mm
-    from parallel.dispatch import ExpertRows
+    from parallel.dispatch.rows import ExpertRows
 
     monkeypatch.setattr(ExpertRows, "known_to_host", on_host)
     counts, generator = [3, 0, 5], torch.Generator().manual_seed(3)

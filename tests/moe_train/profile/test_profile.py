@@ -70,9 +70,8 @@ def test_no_part_of_the_model_has_the_host_wait(events):
 
 def test_operations_by_name(events, tmp_path):
     rows = costliest(events[1], gpu=False, steps=2, count=5)
-    assert len(rows) == 5 and {"aten::mm", "aten::addmm_"} & {row["name"] for row in rows}
-    assert [row["milliseconds"] for row in rows] == sorted((row["milliseconds"] for row in rows), reverse=True)
     everything = costliest(events[1], gpu=False, steps=2, count=10**6)
+    assert rows == sorted(everything, key=lambda row: row["milliseconds"], reverse=True)[:5]
     assert not any(row["name"].startswith("part: ") for row in everything)
     calls = {row["name"]: row["calls"] for row in everything}
     assert calls["aten::mm"] == sum(event.name == "aten::mm" for event in events[1]) / 2

@@ -25,7 +25,7 @@ DROPS = {"router": RouterConfig(load_balancing_coef=0.02, drop_by="position", ca
         ({}, {}, {}),
         ({"expert": 2}, {}, {"counts to the host": ROUTERS}),
         ({"expert": 2}, DROPS, {"counts to the host": ROUTERS}),
-        ({}, DROPS, {"tolist in parallel/dispatch.py:counts": ROUTERS}),
+        ({}, DROPS, {"tolist in parallel/dispatch/rows.py:counts": ROUTERS}),
     ],
     ids=["alone", "expert 2", "expert 2, capacity", "capacity"],
 )

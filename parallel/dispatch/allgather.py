@@ -1,4 +1,4 @@
-"""The other way to send tokens to their experts: every rank gets the rows of all and keeps those of its experts.
+"""All-gather: every rank gets the rows of all and keeps those of its experts.
 
 An all-gather there and a reduce-scatter back, of sizes that everybody knows beforehand, in the place of two exchanges of
 uneven parts. A rank receives (ranks - 1) x k rows for each of its tokens where the all-to-all has it receive (ranks - 1) /
@@ -15,7 +15,9 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from parallel.dispatch import AllToAllDispatcher, ExpertRows, permute
+from parallel.dispatch.alltoall import AllToAllDispatcher
+from parallel.dispatch.moves import permute
+from parallel.dispatch.rows import ExpertRows
 
 
 class GatheredRows(ExpertRows):
@@ -49,15 +51,14 @@ class GatheredRows(ExpertRows):
 
 
 class AllGatherDispatcher(AllToAllDispatcher):
-    """The same trips as :class:`parallel.dispatch.AllToAllDispatcher`."""
+    """The same trips as :class:`parallel.dispatch.alltoall.AllToAllDispatcher`."""
 
-    def exchange_counts(self, chosen_re: torch.Tensor, places: int) -> ExpertRows:
+    def exchange_counts(self, count_e: torch.Tensor, places: int) -> ExpertRows:
         """Tell every rank how many rows each other has for each expert."""
         if self.ep_size == 1:
-            return super().exchange_counts(chosen_re, places)
-        own_e = chosen_re.sum(0)
-        count_re = gather_from_sequence_parallel_region(own_e, group=self.ep_group).view(self.ep_size, -1)
-        self._sent = own_e
+            return super().exchange_counts(count_e, places)
+        count_re = gather_from_sequence_parallel_region(count_e, group=self.ep_group).view(self.ep_size, -1)
+        self._sent = count_e
         return GatheredRows(count_re, self.local_expert_indices[0], self.num_local_experts, places)
 
     def rows_sent(self, received: ExpertRows) -> int:
@@ -71,15 +72,12 @@ class AllGatherDispatcher(AllToAllDispatcher):
         everybodys = gather_from_sequence_parallel_region(
             F.pad(rows, (0, 0, 0, received.places - len(rows))), group=self.ep_group
         )
-        return permute(everybodys, received.index, received.back, False, True)
+        return permute(everybodys, received.index, received.back, some_nobody_back=True)
 
     def send_back(self, rows: torch.Tensor, received: GatheredRows, sent: int) -> torch.Tensor:
         """The way back of :meth:`send`: each rank's answers, and zeros for what others answer, add up."""
         if self.ep_size == 1:
             return rows
-        everybodys = permute(rows, received.back, received.index, True, False)
+        everybodys = permute(rows, received.back, received.index, some_nobody=True)
         return reduce_scatter_to_sequence_parallel_region(everybodys, group=self.ep_group)[:sent]
 
-
-DISPATCHERS = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
-"""``parallel.dispatcher`` -> its class."""
