@@ -113,6 +113,8 @@ def prepare(
     Raises DataError, one line.
     """
     prefix, conditions = prefix_of(out), parse_filters(filters)
+    if not os.path.basename(prefix):
+        raise DataError(f"--out {os.fspath(out)} is a folder; add a name for the corpus, such as {os.path.join(prefix, 'web')}")
     _check(holdout, workers, dedup, shuffle_seed, shard_tokens)
     files = find_inputs(inputs)
     if conditions and any(file.endswith(".txt") for file in files):

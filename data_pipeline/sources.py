@@ -267,9 +267,12 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
         return None
     data = storage.read(path)
     try:
-        return json.loads(data)
+        manifest = json.loads(data)
     except ValueError as error:
         raise DamagedDataError(f"{path}: cannot be read ({error}); prepare the corpus again") from None
+    if not isinstance(manifest, dict):
+        raise DamagedDataError(f"{path}: is not the manifest of a corpus; prepare the corpus again")
+    return manifest
 
 
 def manifest_file(manifest: dict[str, Any], path: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.target import check_target
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
@@ -152,11 +153,13 @@ def train_tokenizer(
         inputs: files, folders or patterns of .txt, .jsonl and .jsonl.gz, as `prepare` takes them.
         vocab_size: the number of ids, the 256 bytes and 3 special ones included.
 
-    Raises DataError: no text, or too little of it for `vocab_size`.
+    Raises DataError: `out` is there already or cannot be written; no text, or too little of it for `vocab_size`.
     """
     import sentencepiece
 
-    target = Path(out) if str(out).endswith(".model") else Path(f"{out}.model")
+    target = check_target(out if str(out).endswith(".model") else f"{out}.model", "--out")
+    if target.exists():
+        raise DataError(f"{target} is there already, and corpora may need it; choose another --out, or remove it")
     if vocab_size < 300:
         raise DataError(
             f"vocab_size {vocab_size} is too small; 256 bytes, 3 special ids and some characters "
@@ -195,7 +198,6 @@ def train_tokenizer(
                 f"vocab_size {vocab_size} is too small for the characters of this text; raise it"
             ) from None
         raise DataError(f"sentencepiece could not train on this text ({reason}); check the inputs") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, target)

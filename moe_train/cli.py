@@ -231,7 +231,7 @@ def tokenizer_train(
     text_key: Annotated[
         str, typer.Option(metavar="KEY", help="The field of a .jsonl line that holds the text.")
     ] = "text",
-) -> Optional[int]:
+) -> None:
     """Train a sentencepiece model on text.
 
     \b
@@ -239,7 +239,8 @@ def tokenizer_train(
     """
     from data_pipeline.tokenizer import train_tokenizer
 
-    return status(train_tokenizer(inputs, out, vocab_size=vocab_size, text_key=text_key))
+    tokenizer = train_tokenizer(inputs, out, vocab_size=vocab_size, text_key=text_key)
+    typer.echo(f"{tokenizer.path}: {tokenizer.vocab_size:,} entries")
 
 
 @app.command()

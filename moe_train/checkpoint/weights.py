@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_pipeline.target import check_target
 from moe_train.checkpoint.folder import (
     FORMAT_VERSION,
     RUN_STATE,
@@ -146,8 +147,8 @@ def write_entries(
     Raises:
         UserError: ``path`` exists, or cannot be written.
     """
-    path = Path(path)
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+    path = check_target(path, "the target", folder=True)
+    if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} exists already: choose another folder")
     writing = path.with_name(path.name + WRITING)
     try:

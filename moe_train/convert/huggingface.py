@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.target import check_target
 from moe_train.convert.names import Counterpart, counterparts
 from moe_train.errors import DamagedError, UserError
 
@@ -209,8 +210,8 @@ def _generation_config(config: dict) -> dict:
 
 
 def _check_free(out: Path) -> None:
-    """``out`` is a new folder, or an empty one."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """``out`` is a new folder, or an empty one, and can be written."""
+    if check_target(out, "the target", folder=True).exists() and any(out.iterdir()):
         raise UserError(f"{out} exists already: choose another folder")
 
 

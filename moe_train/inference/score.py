@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.target import check_target
 from moe_train.errors import UserError
 from moe_train.inference.session import Session, open_session, plan, start_ranks
 
@@ -40,9 +41,7 @@ def score(
     """
     planned = plan(checkpoint, nproc, overrides)
     read_ids(ids, planned.model.vocab_size)
-    target = Path(out)
-    if not target.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {target.parent}; make it first")
+    target = check_target(out, "--out")
     return start_ranks(planned, TARGET, {"ids": str(Path(ids).resolve()), "out": str(target.resolve())})
 
 
@@ -70,8 +69,8 @@ def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
         ids = np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"--ids {path}: there is no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"--ids {path}: is not a .npy file of numbers ({error})") from None
+    except (ValueError, OSError, EOFError):
+        raise UserError(f"--ids {path}: is not a .npy file of numbers; write one with numpy.save") from None
     if not isinstance(ids, np.ndarray):
         raise UserError(f"--ids {path}: is an archive; save one array with numpy.save")
     if ids.dtype.kind not in "iu":

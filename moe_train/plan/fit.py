@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from data_pipeline.target import check_target
 from moe_train.errors import UserError
 from moe_train.plan.fit_data import load_runs, with_curves
 from moe_train.plan.fit_frontier import fit_envelope, fit_isoflop
@@ -40,6 +40,9 @@ def fit(
     """
     if bootstraps < 0 or starts < 1 or drop_highest < 0:
         raise UserError("--bootstraps and --drop-highest must be 0 or more, --starts 1 or more")
+    for name, path in (("--out", out), ("--plot", plot)):
+        if path is not None:
+            check_target(path, name)
     runs = load_runs(paths, drop_highest)
     check_enough(runs)
     parametric = fit_parametric(runs, bootstraps, starts)
@@ -70,9 +73,6 @@ def fit(
         if sparsity
         else {"none_because": why_no_sparsity},
     }
-    for path in filter(None, (out, plot)):
-        if not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist; make it first")
     if out is not None:
         save_law(out, report)
     if plot is not None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.target import check_target
 from data_pipeline.units import format_count
 from moe_train.config import RunConfig, load_run
 from moe_train.errors import UserError
@@ -67,8 +68,8 @@ def sweep(
         raise UserError("give one budget or more, in operations, such as 1e15 3e15")
     if sizes < 1:
         raise UserError(f"--sizes must be 1 or more, not {sizes}")
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = check_target(out, "--out", folder=True)
+    if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder")
     if sparsities and not config.model.mlp.num_experts:
         raise UserError(f"--sparsity varies the experts of a mixture, and the MLP of {base} is dense; leave it out")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.target import check_target
 from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.training.preflight import check_run
@@ -57,7 +58,7 @@ def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json:
         return run_rank(TARGET, arguments)
     nproc = nproc or local_gpus() or 1
     config.layout(nproc)
-    if (Path(out) / "profile.json").exists():
+    if (check_target(out, "--out", folder=True) / "profile.json").exists():
         raise UserError(f"--out {out} holds a profile already; name another folder")
     return run_ranks(nproc, TARGET, arguments)
 

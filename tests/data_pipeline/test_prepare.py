@@ -191,6 +191,8 @@ def test_a_damaged_input_and_an_existing_output(folder: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="is there already"):
         prepare([tmp_path / "y.txt"], tmp_path / "out", folder / "tok.model")
     prepare([tmp_path / "y.txt"], tmp_path / "out", folder / "tok.model", overwrite=True)
+    with pytest.raises(DataError, match="is a folder; add a name for the corpus"):
+        prepare([tmp_path / "y.txt"], f"{tmp_path}/", folder / "tok.model")
 
 
 def test_a_stale_held_out_split_goes(folder: Path, tmp_path: Path) -> None:
@@ -221,6 +223,9 @@ def test_a_source_is_what_its_manifest_says(folder: Path, tmp_path: Path) -> Non
     manifest = tmp_path / "out.manifest.json"
     manifest.write_text(manifest.read_text().replace('"bytes": ', '"bytes": 1'))
     with pytest.raises(DamagedDataError, match="its manifest says"):
+        open_sources(mixture(folder, tmp_path / "out", folder / "tok.model"))
+    manifest.write_text("[]")
+    with pytest.raises(DamagedDataError, match="is not the manifest of a corpus"):
         open_sources(mixture(folder, tmp_path / "out", folder / "tok.model"))
 
 
@@ -288,3 +293,7 @@ def test_tokenizer_mistakes(folder: Path, tmp_path: Path) -> None:
         train_tokenizer([folder / "raw.jsonl"], tmp_path / "t", 100)
     with pytest.raises(DataError, match="hold no text"):
         train_tokenizer([folder / "raw.jsonl"], tmp_path / "t", 400, text_key="none")
+    before = (folder / "tok.model").read_bytes()
+    with pytest.raises(DataError, match="tok.model is there already"):
+        train_tokenizer([folder / "raw.jsonl"], folder / "tok", 390)
+    assert (folder / "tok.model").read_bytes() == before

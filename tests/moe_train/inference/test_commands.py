@@ -67,9 +67,7 @@ def test_score_refuses_files(checkpoint, ids, tmp_path, refused):
     assert "is not a .npy file" in refused("score", checkpoint, "--ids", tmp_path / "text.npy", "--out", out)
     np.savez(tmp_path / "many.npz", ids=GOOD)
     assert "is an archive" in refused("score", checkpoint, "--ids", tmp_path / "many.npz", "--out", out)
-    assert "there is no folder" in refused(
-        "score", checkpoint, "--ids", ids(GOOD), "--out", tmp_path / "no" / "nll.npz"
-    )
+    assert "cannot be written" in refused("score", checkpoint, "--ids", ids(GOOD), "--out", tmp_path / "text.npy" / "nll.npz")
     assert "holds no checkpoint" in refused("score", tmp_path, "--ids", ids(GOOD), "--out", out)
 
 
