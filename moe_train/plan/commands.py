@@ -174,9 +174,11 @@ def layout(
         Optional[str], typer.Option(metavar="FILE", help="A step of one GPU: of h100_step.py or `profile`.")
     ] = None,
     contestant: Annotated[
-        str, typer.Option(metavar="NAME", help="Of those in --measured, e.g. ours-fp8-tensorwise-share.")
-    ] = "ours",
-    routing: Annotated[str, typer.Option(metavar="KIND", help="In --measured: learned or balanced.")] = "balanced",
+        Optional[str], typer.Option(metavar="NAME", help="In --measured: else ours; e.g. ours-fp8-tensorwise-share.")
+    ] = None,
+    routing: Annotated[
+        Optional[str], typer.Option(metavar="learned|balanced", help="In --measured: else balanced.")
+    ] = None,
     micro_batch: Annotated[
         Optional[List[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
     ] = None,
@@ -220,7 +222,7 @@ def fit(
     """Fit scaling laws to runs of your own.
 
     \b
-    moe-train plan fit runs/sweep/* --out law.json --plot law.png
+    moe-train plan fit runs/sweep/c*/ --out law.json --plot law.png
     moe-train plan fit points.csv --drop-highest 5
     """
     from moe_train.plan.fit import fit as show

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.plan.hardware import Hardware, load_hardware
 from moe_train.plan.quantities import part, positive, table
+from moe_train.units import format_time
 
 MEASURED_STEPS = 200
 """The last steps of a metrics.jsonl whose median throughput counts as measured."""
@@ -44,6 +46,11 @@ def cost(
     gpus = (nodes or config.launch.nodes) * hardware.node_size
     rate, basis = speed(config, hardware, gpus, mfu, tokens_per_second_per_gpu, metrics)
     answer = estimate(config, hardware, gpus, rate, positive(price, "--price"))
+    if answer["mfu"] > 1:
+        raise UserError(
+            f"{rate:,.0f} tokens/s a GPU ({basis}) would be {answer['mfu']:.0%} of the peak of one {hardware.name};"
+            " give the rate of one GPU, of this run's model"
+        )
     answer["speed_from"] = basis
     print(json.dumps(answer) if as_json else render(answer))
 
@@ -82,11 +89,11 @@ def measured_rate(path: str) -> float:
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-        rates = [json.loads(line)["tokens_per_second"] for line in lines[-MEASURED_STEPS:]]
+        rates = [positive(json.loads(line)["tokens_per_second"], "tokens_per_second") for line in lines[-MEASURED_STEPS:]]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; name a metrics.jsonl or a run's folder") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a metrics.jsonl: a line has no tokens_per_second") from None
+    except (ValueError, KeyError, TypeError, UserError):
+        raise UserError(f"{file} is not a metrics.jsonl of a run: a line has no tokens_per_second over 0") from None
     if not rates:
         raise UserError(f"{file} holds no step yet; let the run take a few")
     return statistics.median(rates)
@@ -146,14 +153,25 @@ def render(answer: dict[str, Any]) -> str:
         ["on", f"{answer['gpus']} {answer['gpu']}"],
         ["speed", f"{answer['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, MFU {answer['mfu']:.1%}"],
         ["speed from", answer["speed_from"]],
-        ["time", f"{answer['days']:.1f} days"],
-        ["GPU-hours", f"{answer['gpu_hours']:,.0f}"],
-        ["cost", f"{answer['cost']:,.0f} at {answer['price_per_gpu_hour']:g} a GPU-hour"],
-        ["energy", f"{answer['kwh']:,.0f} kWh"],
-        ["checkpoints", f"{disk['kept']} kept of {disk['written']}, {disk['bytes_kept'] / 1e12:.2f} TB"],
-        ["one checkpoint", f"{disk['bytes_each'] / 1e9:,.1f} GB"],
+        ["time", f"{answer['days']:.1f} days" if answer["days"] >= 1 else format_time(math.ceil(86400 * answer["days"]))],
+        ["GPU-hours", _amount(answer["gpu_hours"])],
+        ["cost", f"{_amount(answer['cost'])} at {answer['price_per_gpu_hour']:g} a GPU-hour"],
+        ["energy", f"{_amount(answer['kwh'])} kWh"],
+        ["checkpoints", f"{disk['kept']} kept of {disk['written']}, {_size(disk['bytes_kept'])}"],
+        ["one checkpoint", _size(disk["bytes_each"])],
     ]
     for phase in answer["phases"]:
-        start = f"day {phase['starts_after_days']:.1f}, {format_count(phase['first_token'])} tokens"
+        start = f"day {phase['starts_after_days']:.3g}, {format_count(phase['first_token'])} tokens"
         rows.append([f"phase {phase['name']} from", start])
     return table("cost", ["what", "value"], rows)
+
+
+def _amount(value: float) -> str:
+    """Whole numbers where there are many, three digits where there are few."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(size: int) -> str:
+    """Bytes as disks are sold, in powers of 1000."""
+    unit, factor = next((each for each in (("TB", 1e12), ("GB", 1e9)) if size >= each[1]), ("MB", 1e6))
+    return f"{size / factor:.3g} {unit}"

@@ -76,8 +76,8 @@ def layout(
     gpu: str = "h100",
     calibrate: str | None = None,
     measured: str | None = None,
-    contestant: str = "ours",
-    routing: str = "balanced",
+    contestant: str | None = None,
+    routing: str | None = None,
     micro_batches: list[int] | None = None,
     best: int = 10,
     as_json: bool = False,
@@ -89,7 +89,7 @@ def layout(
         calibrate: a metrics.jsonl (or a run's folder) of this run file, with its layout, on these nodes: the
             compute efficiency of the hardware file is replaced by the one that gives its step time.
         measured: a step of one GPU (`moe_train.plan.measured`) that takes the place of the modelled computation; `contestant`
-            and `routing` are those of the benchmark.
+            and `routing` are those of the benchmark; None: ours, balanced.
         micro_batches: micro-batch sizes to try; None: powers of two; the one measured.
 
     Raises an error with ``exit_code`` 2, one line; also when nothing fits.
@@ -104,11 +104,13 @@ def layout(
             raise UserError("give --calibrate or --measured, not both")
         hardware = calibrated(config, world, hardware, calibrate)
     if measured is not None:
-        step = read_measured(measured, contestant, routing)
+        step = read_measured(measured, contestant or "ours", routing or "balanced")
         check_measured(step, config, hardware)
         if micro_batches not in (None, [step.micro_batch_size]):
             raise UserError(f"--micro-batch: the measured step has micro-batches of {step.micro_batch_size}; leave it out")
         micro_batches = [step.micro_batch_size]
+    elif contestant is not None or routing is not None:
+        raise UserError("--contestant and --routing choose from the file that --measured names; give that, or leave them out")
     everything = list(candidates(config, world, hardware, micro_batches, step))
     fitting = sorted(
         (c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds
@@ -120,7 +122,7 @@ def layout(
             " take more nodes or a smaller model"
             if everything
             else f"no layout divides this run over {world} {hardware.name}; choose another"
-            " training.global_batch_size or number of nodes"
+            " training.global_batch_size, number of nodes" + (" or --micro-batch" if micro_batches else "")
         )
     answer = {
         "world_size": world,
@@ -202,12 +204,13 @@ def calibrated(config: RunConfig, world: int, hardware: Hardware, metrics: str) 
     def excess(value: float) -> float:
         return evaluate(config, shape, with_efficiency(value)).time.seconds - measured
 
-    if excess(1.0) > 0:
+    least = 1e-6
+    if excess(1.0) > 0 or excess(least) < 0:
         raise UserError(
-            f"--calibrate {metrics}: {measured:.4g} s a step is less than {world} {hardware.name} could take"
-            " with all of their peak; is it from this run file, layout and number of nodes?"
+            f"--calibrate {metrics}: {measured:.4g} s a step is {'less' if excess(1.0) > 0 else 'more'} than {world}"
+            f" {hardware.name} could take; is it from this run file, layout and number of nodes?"
         )
-    return with_efficiency(float(brentq(excess, 1e-9, 1.0, rtol=1e-12)))
+    return with_efficiency(float(brentq(excess, least, 1.0, rtol=1e-12)))
 
 
 def _divisions(config: RunConfig, world: int) -> Iterator[dict[str, int | None]]:

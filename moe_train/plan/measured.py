@@ -69,9 +69,11 @@ def read_measured(path: str, contestant: str, routing: str) -> MeasuredStep:
         lines = Path(path).read_text(encoding="utf-8").strip()
         found = json.loads(lines)
     except OSError as error:
-        raise UserError(f"--measured {path}: {error.strerror}") from None
+        raise UserError(f"--measured {path}: {error.strerror}; give the line of h100_step.py or a profile.json") from None
     except ValueError:
-        raise UserError(f"--measured {path} is not one JSON object: give the line of h100_step.py or a profile.json") from None
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--measured {path} is not one JSON object: give the line of h100_step.py or a profile.json")
     try:
         if "contestants" in found:
             return _of_benchmark(found, path, contestant, routing)

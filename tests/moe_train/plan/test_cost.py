@@ -53,6 +53,20 @@ def test_measured_throughput_is_the_median(capsys, tmp_path: Path) -> None:
         assert answer["tokens_per_second_per_gpu"] == pytest.approx(10000)
 
 
+@pytest.mark.parametrize("line", ['{"tokens_per_second": 0}', '{"tokens_per_second": null}', "[1]", "3", "{"])
+def test_metrics_that_are_none(capsys, tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert main(["plan", "cost", *PAPER, "--metrics", str(tmp_path)]) == 2
+    assert "is not a metrics.jsonl of a run" in capsys.readouterr().err
+
+
+def test_a_short_run_has_figures_too(capsys) -> None:
+    assert main(["plan", "cost", "demo", "--nodes", "1", "training.global_batch_size=32", "--tokens-per-second", "580"]) == 0
+    text = capsys.readouterr().out
+    for figure in ("2m53s", "0.383", "0.766 at 2", "63.8 MB"):
+        assert figure in text
+
+
 def test_a_run_that_stops_early_costs_less(capsys) -> None:
     answer = ask(capsys, "cost", *PAPER, "--mfu", "0.3", "training.max_steps=1000")
     assert answer["tokens"] == 1000 * 1008 * 4096 and len(answer["phases"]) == 1
@@ -65,6 +79,7 @@ def test_a_run_that_stops_early_costs_less(capsys) -> None:
         (["--mfu", "0.3", "--tokens-per-second", "5"], "give one of --mfu"),
         (["--mfu", "30"], "--mfu must be more than 0 and at most 1"),
         (["--metrics", "nowhere"], "nowhere"),
+        (["--tokens-per-second", "1e6"], "would be 1658% of the peak of one h100"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments: list[str], expected: str, capsys) -> None:

@@ -113,6 +113,9 @@ def test_calibration_finds_the_efficiency_that_was_measured(capsys, tmp_path: Pa
     answer = ask(capsys, "jetmoe_8b", "--nodes", "12", "--calibrate", str(metrics))
     assert answer["compute_efficiency"]["value"] == pytest.approx(0.21, rel=1e-6)
     assert "calibrated by" in answer["compute_efficiency"]["source"]
+    metrics.write_text('{"tokens_per_second": 1e-9}\n', encoding="utf-8")
+    assert main(["plan", "layout", "jetmoe_8b", "--nodes", "12", "--calibrate", str(metrics)]) == 2
+    assert "is more than 96 h100 could take" in capsys.readouterr().err
 
 
 def test_the_table_ends_with_a_patch(capsys) -> None:
@@ -133,6 +136,8 @@ def test_cost_without_a_speed_takes_the_layout_s(capsys) -> None:
     ("arguments", "expected"),
     [
         (["jetmoe_8b", "--nodes", "12", "--calibrate", "nowhere"], "nowhere"),
+        (["jetmoe_8b", "--nodes", "12", "--contestant", "ours-share"], "--measured names"),
+        (["jetmoe_8b", "--nodes", "12", "--micro-batch", "1000"], "or --micro-batch"),
         (
             [
                 "jetmoe_8b",

@@ -120,6 +120,14 @@ def test_what_cannot_be(capsys, line: str, arguments: list[str], says: str) -> N
     assert says in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "3", '{"a":', "\x00"])
+def test_what_is_no_object(capsys, tmp_path: Path, text: str) -> None:
+    (tmp_path / "line.json").write_text(text, encoding="utf-8")
+    assert main(["plan", "layout", "jetmoe_8b", "--measured", str(tmp_path / "line.json")]) == 2
+    error = capsys.readouterr().err
+    assert "is not one JSON object" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
