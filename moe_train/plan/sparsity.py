@@ -123,9 +123,10 @@ def best_size(
     """The total size of least loss for a budget at one sparsity."""
     from scipy.optimize import minimize_scalar
 
+    middle = math.log(flops) / 2  # about as many tokens as parameters: the optimum is some powers of ten from there
     found = minimize_scalar(
         lambda log_n: at_fixed_size(flops, math.exp(log_n), sparsity, law, mlp_to_rest).loss,
-        bounds=(math.log(1e5), math.log(1e16)),
+        bounds=(middle - math.log(1e7), middle + math.log(1e7)),
         method="bounded",
         options={"xatol": 1e-9},
     )

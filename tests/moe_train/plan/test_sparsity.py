@@ -53,3 +53,9 @@ def test_the_best_sparsity_is_no_worse_than_its_neighbours(log_flops: float, log
 def test_a_sparsity_that_cannot_be_is_refused(sparsity: float) -> None:
     with pytest.raises(UserError, match="out of range"):
         best_size(1e20, sparsity)
+
+
+@pytest.mark.parametrize("flops", [1e7, 1e13, 1e20, 1e35])
+def test_the_best_size_is_an_optimum_for_any_budget(flops: float) -> None:
+    best = best_size(flops, 0.5)
+    assert all(best.loss < at_fixed_size(flops, best.params * factor, 0.5).loss for factor in (0.9, 1.1))
