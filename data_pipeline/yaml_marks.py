@@ -316,6 +316,8 @@ def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) 
     text = problem["msg"].removeprefix("Input should be ")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         text = "a mapping of keys"
+    if kind in ("tuple_type", "list_type"):
+        text = "a list"
     if kind == "union_tag_invalid":
         got, text, kind = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace(", ", " or "), "literal_error"
     if kind == "literal_error":

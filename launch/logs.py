@@ -34,18 +34,18 @@ def logs(run_dir: str, *, rank: int | None = None, follow: bool = False, tail: i
 
 def find_log(run_dir: Path, rank: int | None = None) -> Path:
     """The newest log of the jobs (of a run without jobs: rank 0's), or that of a rank."""
-    folder = run_dir / "logs"
-    if rank is None and Journal(run_dir).jobs()[-1:] and Journal(run_dir).jobs()[-1].get("job") is None:
+    folder, jobs = run_dir / "logs", Journal(run_dir).jobs()
+    found = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    if rank is None and (not found or (jobs and jobs[-1].get("job") is None)):
         rank = 0  # which says on the terminal what it writes there
     if rank is not None:
         path = rank_log_path(folder, rank)
         if path.exists():
             return path
         there = sorted(int(each.stem.partition("_")[2]) for each in folder.glob("rank_*.log"))
-        raise UserError(f"{run_dir} has no log of rank {rank}; it has ranks {there[0]} to {there[-1]}" if there else f"{run_dir} has no logs of ranks yet")
-    found = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"{run_dir} has no log of a job yet; see moe-train launch status {run_dir}")
+        if there:
+            raise UserError(f"{run_dir} has no log of rank {rank}; it has ranks {there[0]} to {there[-1]}")
+        raise UserError(f"{run_dir} has no log yet; see moe-train launch status {run_dir}")
     return found[-1]
 
 

@@ -35,7 +35,7 @@ def dry_run(config: RunConfig, nproc: int | None = None, resume: str = "auto") -
         print(f"changed     {change}, since the last start")
     print()
     print(planned(ledger))
-    print("\ndry run: everything fits, nothing was started")
+    print("\ndry run: config, mixture and layout agree; nothing was started")
 
 
 def model_lines(config: RunConfig) -> list[str]:

@@ -45,7 +45,7 @@ def choose_kernels(wanted: str | None, recipe: str | None) -> str:
     required = recipe is not None or wanted is not None
     if not torch.cuda.is_available():
         if required:
-            raise EngineError(f"{needs_it} needs a GPU, and this rank sees none")
+            raise EngineError(f"{needs_it} needs a GPU, and this rank sees none; run it where there is one, or leave the key out")
         return "torch"
     version = find_transformer_engine()
     if version is None:

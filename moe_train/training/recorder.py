@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_train.errors import StoppedError
 from moe_train.resume_rules import Change
 from moe_train.training.console import Console
 from moe_train.training.fence import Fence
@@ -160,6 +161,8 @@ class Recorder:
         if not self.active:
             return
         self.console.summary(reason, {"metrics": self.folder.metrics_path, "checkpoints": self.folder.checkpoints})
+        if code == StoppedError.exit_code:
+            self.console.say("  it is saved: start it again to go on")
         self._metrics.close()
         self._trackers.close(code)
         self.console.close()

@@ -96,6 +96,7 @@ def test_missing_file() -> None:
             "f.yaml:4: by_name.z.lrr: unknown key; did you mean 'lr'?",
         ),
         ("inner: 3\n", "f.yaml:1: inner: 3 is not accepted; it should be a mapping of keys"),
+        ("inner: {lr: 1}\nmany: 3\n", "f.yaml:2: many: 3 is not accepted; it should be a list"),
         ("- 1\n", "f.yaml:1: is a list, not a mapping of keys; known keys: inner, many, by_name"),
         ("", "f.yaml:1: is empty, not a mapping of keys; known keys: inner, many, by_name"),
     ],

@@ -148,7 +148,7 @@ def test_a_stop_file_saves_and_ends_with_3(tmp_path):
         time.sleep(0.02)
     (tmp_path / "run/stop").touch()
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 3, said
+    assert process.returncode == 3 and "it is saved: start it again to go on" in said, said
     step = outcome(tmp_path / "run")["step"]
     assert outcome(tmp_path / "run")["code"] == 3 and "stop" in outcome(tmp_path / "run")["reason"]
     assert (tmp_path / f"run/checkpoints/iter_{step:07d}/manifest.json.xxh3").exists()

@@ -78,6 +78,15 @@ def test_logs(folder: Path, capsys) -> None:
     assert "has no log of rank 5; it has ranks 0 to 0" in capsys.readouterr().err
 
 
+def test_logs_of_a_run_that_no_job_started(folder: Path, capsys, tmp_path: Path) -> None:
+    (folder / "launch" / "jobs.jsonl").unlink()
+    (folder / "logs" / "slurm-7.out").unlink()
+    assert main(["launch", "logs", str(folder)]) == 0
+    assert capsys.readouterr().out == "zero\n"
+    assert main(["launch", "logs", str(tmp_path / "none")]) == 2
+    assert "has no log yet; see moe-train launch status" in capsys.readouterr().err
+
+
 def test_nothing_to_cancel(folder: Path, tmp_path: Path, capsys) -> None:
     assert main(["launch", "cancel", str(folder)]) == 0
     assert "no job of" in capsys.readouterr().out and not (folder / "stop").exists()
