@@ -60,19 +60,26 @@ ROOM = 0.85
 """Of the GPU's memory, for what the planner counts of ours; the rest is for others, cuBLAS and fragmentation."""
 
 
+def count(text: str) -> int:
+    """1 or more, as argparse takes it."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c")
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
-    parser.add_argument("--layers", type=int, help="instead of as many as fit")
-    parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
+    parser.add_argument("--layers", type=count, help="instead of as many as fit")
+    parser.add_argument("--sequence-length", type=count, default=4096)
+    parser.add_argument("--micro-batch-size", type=count, default=4)
+    parser.add_argument("--micro-batches", type=count, default=4, help="of a step")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all that is not FP8")
-    parser.add_argument("--steps", type=int, default=5, help="of a block")
-    parser.add_argument("--blocks", type=int, default=3, help="of each routing, in turn")
-    parser.add_argument("--rounds", type=int, default=1, help="through all contestants")
+    parser.add_argument("--steps", type=count, default=5, help="of a block")
+    parser.add_argument("--blocks", type=count, default=3, help="of each routing, in turn")
+    parser.add_argument("--rounds", type=count, default=1, help="through all contestants")
     parser.add_argument("--limit", type=float, default=240, help="seconds after which a contestant is given up")
     parser.add_argument("--quick", action="store_true", help="one block of 2 steps, no profile")
     parser.add_argument("--out", help="a folder for traces and kernels")
@@ -93,7 +100,8 @@ def main() -> None:
         return
     machine = in_child("machine", [], 120)
     if "error" in machine:
-        raise SystemExit(machine["error"])
+        print(f"error: {machine['error']}", file=sys.stderr)
+        raise SystemExit(2)
     layers = ["--layers", str(machine["layers"])]
     results: dict[str, dict[str, Any]] = {}
     for number in range(arguments.rounds):
@@ -178,7 +186,8 @@ def answer_as_child(arguments: argparse.Namespace) -> None:
 
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        answer = {"error": f"{type(error).__name__}: {lines[0]}"}
+        meant = isinstance(error, SystemExit) or hasattr(error, "exit_code")  # one line that says all
+        answer = {"error": lines[0] if meant else f"{type(error).__name__}: {lines[0]}"}
     print("\n" + json.dumps(answer), flush=True)
 
 
@@ -228,7 +237,7 @@ def fitted_layers(model, arguments: argparse.Namespace) -> int:
     from parallel.layout import Layout
 
     if not torch.cuda.is_available():
-        raise SystemExit("no GPU: give --layers")
+        raise SystemExit("there is no GPU here; to try it on a CPU: --model bench_60m --layers 1 --sequence-length 128 --steps 1")
     room = ROOM * torch.cuda.get_device_properties(0).total_memory
     layout = Layout(1, 1, 1, None, 1, 1)
     for layers in range(model.num_layers, 0, -1):

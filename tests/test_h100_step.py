@@ -183,3 +183,16 @@ def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
     assert ours["balanced"]["tokens_per_second"] == pytest.approx(tokens / ours["balanced"]["step_seconds"])
     assert {"experts", "attention", "idle"} <= set(ours["balanced"]["milliseconds"]) and ours["balanced"]["host_waits"]
     assert (tmp_path / "out/ours-balanced/kernels_rank_00000.txt").read_text().count("\n") > 20
+
+
+def test_a_mistake_is_one_line_and_status_2() -> None:
+    def said(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "benchmarks/h100_step.py"), *arguments]
+        done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and not done.stdout
+        return done.stderr
+
+    without = said("--quick")
+    assert "there is no GPU here; to try it on a CPU: --model bench_60m" in without and without.count("\n") == 1
+    assert said("--model", "nope").startswith("error: there is no file nope")
+    assert "0 is less than 1" in said("--rounds", "0")
