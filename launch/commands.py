@@ -31,7 +31,9 @@ def slurm(
     spares: Annotated[int, typer.Option(min=0, metavar="N", help="Nodes beyond those, for when some turn out unfit.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
 ) -> None:
-    """Check a run, submit it to Slurm, and have it requeue itself until it is complete.
+    """Check a run and submit it to Slurm.
+
+    It requeues itself until it is complete.
 
     \b
     moe-train launch slurm run.yaml launch.cluster=my_cluster.yaml --nodes 12 --time 2d
@@ -74,9 +76,9 @@ def hostfile(
         Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
     ] = None,
 ) -> Optional[int]:
-    """Train on machines that a hostfile names, and start again after failures.
+    """Train on machines that a hostfile names.
 
-    They share the disk, see this folder under the same path, and let you in without a password.
+    And start again after failures. They share the disk, see this folder under the same path, and let you in without a password.
 
     \b
     moe-train launch hostfile hosts.txt run.yaml
@@ -93,9 +95,9 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run is over.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")] = False,
 ) -> None:
-    """Show state, progress, speed, restarts with their reasons, expected end and cost.
+    """Show state, progress, speed and restarts.
 
-    Works from the run's folder alone, also when Slurm has forgotten the job.
+    With their reasons, the expected end and the cost. Works from the run's folder alone, also when Slurm has forgotten the job.
 
     \b
     moe-train launch status runs/jetmoe_8b --watch

@@ -49,9 +49,9 @@ def verify(
     checkpoint: Checkpoint,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint of a run's folder.")] = False,
 ) -> Optional[int]:
-    """Check every file of a checkpoint by its manifest, and that it holds the whole model.
+    """Check every file of a checkpoint by its manifest.
 
-    Ends with status 4 when one is damaged.
+    And that it holds the whole model. Ends with status 4 when one is damaged.
 
     \b
     moe-train checkpoint verify runs/demo/checkpoints/iter_0000100
@@ -80,7 +80,9 @@ def convert(
         Optional[str], typer.Option("--precision", metavar="fp32|bf16", help="With --weights: in this precision.")
     ] = None,
 ) -> Optional[int]:
-    """Convert a JetMoE, Llama, Mixtral or OLMoE from or to Hugging Face's format, or keep the weights alone.
+    """Convert from or to Hugging Face's format.
+
+    JetMoE, Llama, Mixtral and OLMoE. Or keep the weights of a checkpoint alone.
 
     \b
     moe-train checkpoint convert --from-hf jetmoe-8b converted
@@ -126,7 +128,9 @@ def upcycle(
         bool, typer.Option("--keep-optimizer", help="Carry over the optimizer's state and where the run stood.")
     ] = False,
 ) -> Optional[int]:
-    """Make a mixture of experts out of a dense model: each expert a copy of its MLP. It computes what the dense model does.
+    """Make a mixture of experts out of a dense model.
+
+    Each expert is a copy of its MLP, so that it computes what the dense model does.
 
     \b
     moe-train checkpoint upcycle runs/dense upcycled --experts 8 --top-k 2

@@ -78,7 +78,7 @@ def memory(
     overrides: Overrides = None,
     nodes: Nodes = None,
     nproc: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Ranks, instead of nodes.")] = None,
-    gpu: Gpu = "h100",
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="A preset or file of hardware; none: bytes alone.")] = "h100",
     as_json: AsJson = False,
 ) -> None:
     """Show the bytes of each rank, part by part.
