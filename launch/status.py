@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,10 +13,9 @@ from data_pipeline.units import format_count
 from launch import controller
 from launch.journal import Journal
 from moe_train.errors import UserError
-from moe_train.training.run_folder import RunFolder, now
+from moe_train.training.run_folder import RunFolder, last_steps, now
 from moe_train.units import format_time
 
-_TAIL_BYTES = 1 << 17
 _SILENT_SECONDS = 300
 """A run whose metrics were written this long ago may be alive, for all that its folder tells."""
 
@@ -42,7 +40,7 @@ def collect(run_dir: str) -> dict[str, Any]:
     jobs, starts, outcome = journal.jobs(), journal.starts(), folder.read_outcome()
     if not jobs and not starts and not outcome:
         raise UserError(f"{run_dir} holds no run; give the output_dir of one")
-    metrics = _tail(folder.metrics_path)
+    metrics = last_steps(folder.metrics_path, 50)
     last = metrics[-1] if metrics else {}
     live = {job: state for job, state in controller.states(journal.job_ids()).items() if state[0] in controller.LIVE}
     over = journal.over()
@@ -50,7 +48,7 @@ def collect(run_dir: str) -> dict[str, Any]:
     state, reason = _state(over, live, outcome, folder, launcher)
     job = next((job for job, (name, _) in live.items() if name == "RUNNING"), None) or (jobs[-1]["job"] if jobs else None)
     total = _total_tokens(folder, jobs)
-    rates = [line["tokens_per_second"] for line in metrics[-50:] if line.get("tokens_per_second")]
+    rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     rate = median(rates) if rates else None
     price = next((record.get("dollars_per_hour") for record in reversed(jobs)), None)
     left = max(0, total - last["tokens"]) / rate if total and rate and last.get("tokens") else None
@@ -176,18 +174,6 @@ def _total_tokens(folder: RunFolder, jobs: list[dict]) -> int | None:
         if not isinstance(getattr(error, "exit_code", None), int):
             raise
         return next((record.get("total_tokens") for record in reversed(jobs)), None)
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a metrics.jsonl of any length."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            text = file.read().split(b"\n")[1 if size > _TAIL_BYTES else 0 : -1]
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text if line]
 
 
 def _after(seconds: float) -> str:

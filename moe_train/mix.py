@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 from data_pipeline.yaml_marks import read_yaml
 from moe_train.config_file import find_config, shown
 from moe_train.errors import UserError
+from moe_train.training.run_folder import last_steps
 
 if TYPE_CHECKING:
     from data_pipeline.ledger import Ledger
-
-TAIL_BYTES = 1 << 20
-"""More than a line of metrics.jsonl ever is."""
 
 
 def mix(path: str, *, as_json: bool = False, history: bool = False, against: str | None = None) -> None:
@@ -56,13 +54,17 @@ def _planned(path: str) -> Ledger:
     if Path(path).is_dir():
         return _ledger_of(Path(path))
     file = _find(path)
-    data = read_yaml(file).data
-    if isinstance(data, dict) and ("phases" in data or "sources" in data):
+    if _is_mixture(file):
         return plan(load_mixture(file))
     from moe_train.config import load_run
 
     config = load_run(file)
     return plan(config.mixture, config.model.vocab_size)
+
+
+def _is_mixture(file: str) -> bool:
+    data = read_yaml(file).data
+    return isinstance(data, dict) and ("phases" in data or "sources" in data)
 
 
 def _find(path: str) -> str:
@@ -78,9 +80,12 @@ def _history(path: str) -> tuple[Ledger, int]:
     if not folder.is_dir():
         from moe_train.config import load_run
 
+        if _is_mixture(_find(path)):
+            raise UserError(f"{path} is a mixture, and --history is a run's: name its folder or its run file")
         folder = Path(load_run(path, with_mixture=False).output_dir)
     ledger = _ledger_of(folder)
-    return ledger, _tokens_seen(folder / "metrics.jsonl") // ledger.sequence_length
+    tokens = next((record["tokens"] for record in last_steps(folder / "metrics.jsonl", 1)), 0)
+    return ledger, tokens // ledger.sequence_length
 
 
 def _ledger_of(folder: Path) -> Ledger:
@@ -90,14 +95,3 @@ def _ledger_of(folder: Path) -> Ledger:
     if not file.is_file():
         raise UserError(f"{shown(folder)} has no ledger.json: no run was started there; name a run's folder")
     return Ledger.from_json(file.read_bytes())
-
-
-def _tokens_seen(metrics: Path) -> int:
-    """Tokens after the last whole line of metrics.jsonl; 0 before the first step."""
-    if not metrics.exists():
-        return 0
-    with open(metrics, "rb") as file:
-        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-        whole, _, _ = file.read().rpartition(b"\n")
-    last = whole.rpartition(b"\n")[2]
-    return json.loads(last)["tokens"] if last else 0

@@ -122,7 +122,8 @@ class RunFolder:
 
     def _end(self, code: int, reason: str, outcome: Mapping[str, Any], step: int | None = None) -> None:
         step = outcome.get("step") if step is None else step
-        step = last_step(self.metrics_path) if step is None else step
+        if step is None:
+            step = next((record["step"] for record in last_steps(self.metrics_path, 1)), None)
         self._write_outcome(code, reason, step, outcome.get("started") or now(), now())
         self.event("end", step, code=code, reason=reason)
 
@@ -134,9 +135,10 @@ class RunFolder:
     def read_outcome(self) -> dict[str, Any]:
         """{code, reason, step, started, ended}, code and ended null while the run is on; empty before the first start."""
         try:
-            return json.loads(self.outcome_path.read_text(encoding="utf-8"))
+            outcome = json.loads(self.outcome_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
+        return outcome if isinstance(outcome, dict) else {}
 
     def event(self, kind: str, step: int | None = None, **details: Any) -> None:
         """Append {time, step, kind, ...} to events.jsonl; on stderr where a full disk does not take it."""
@@ -282,12 +284,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def last_step(path: Path) -> int | None:
-    """The step of the last whole line of a metrics.jsonl; reads its end only."""
+def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` records of a metrics.jsonl, in order; reads its end only, and passes over what is no record of a step."""
+    found = []
     for _, line in _lines_backwards(path):
-        if (step := _step_of(line)) is not None:
-            return step
-    return None
+        if _step_of(line) is not None:
+            found.append(json.loads(line))
+        if len(found) == count:
+            break
+    return found[::-1]
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -114,6 +114,7 @@ def test_a_run_that_goes_by_its_ledger(folder: Path, capsys: pytest.CaptureFixtu
         (["gone.yaml"], "there is no file gone.yaml; presets of data: demo, jetmoe"),
         (["run.yaml", "--history"], "has no ledger.json: no run was started there"),
         ([".", "--history"], "has no ledger.json"),
+        (["mix.yaml", "--history"], "mix.yaml is a mixture, and --history is a run's"),
         (["mix.yaml", "--history", "--against", "mix.yaml"], "ask one at a time"),
         (["model.yaml"], "unknown key"),
     ],

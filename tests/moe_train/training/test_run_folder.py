@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moe_train.errors import UserError
-from moe_train.training.run_folder import MetricsLog, RunFolder, append_line, last_step, now, read_metrics
+from moe_train.training.run_folder import MetricsLog, RunFolder, append_line, last_steps, now, read_metrics
 
 
 def test_starts_are_numbered_and_configs_kept(tmp_path):
@@ -151,7 +151,7 @@ def test_a_new_run_over_old_lines_and_lost_lines(tmp_path):
     write_steps(tmp_path / "m.jsonl", 3)
     assert MetricsLog(tmp_path / "m.jsonl", 5).missing == 2
     assert MetricsLog(tmp_path / "m.jsonl", 0).dropped == 3
-    assert (tmp_path / "m.jsonl").read_bytes() == b"" and last_step(tmp_path / "m.jsonl") is None
+    assert (tmp_path / "m.jsonl").read_bytes() == b"" and last_steps(tmp_path / "m.jsonl", 1) == []
 
 
 def test_a_step_twice_or_left_out_is_a_bug(tmp_path):
@@ -165,8 +165,16 @@ def test_a_step_twice_or_left_out_is_a_bug(tmp_path):
 def test_readers_meet_a_line_in_the_middle_of_its_write(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
-    assert last_step(tmp_path / "metrics.jsonl") == 2
+    assert [record["step"] for record in last_steps(tmp_path / "metrics.jsonl", 1)] == [2]
     assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_what_a_broken_disk_leaves_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n7\n{"step": 2}\n\x00\x00\n[]\n{}\n{"st')
+    assert last_steps(tmp_path / "metrics.jsonl", 9) == [{"step": 1}, {"step": 2}]
+    for text in ("7", "[]", "{", ""):
+        (tmp_path / "outcome.json").write_text(text)
+        assert RunFolder(tmp_path).read_outcome() == {}
 
 
 def test_events_go_on_after_a_torn_line(tmp_path):
