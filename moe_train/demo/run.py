@@ -93,7 +93,7 @@ def goal_of(config: RunConfig, tokens: int | None, more: int | None) -> Goal:
         raise UserError("--tokens and --more are two ways to say how far to train; give one of them")
     rows = report.read_metrics(Path(config.output_dir))
     done = rows[-1]["tokens"] if rows else 0
-    target = done + more if more is not None else tokens or config.total_tokens
+    target = done + more if more is not None else config.total_tokens if tokens is None else tokens
     if not done and target < config.tokens_per_step:
         raise UserError(f"{target} tokens are less than one step of {config.tokens_per_step}; ask for more")
     return Goal(done, config.total_tokens, target, config.tokens_per_step)

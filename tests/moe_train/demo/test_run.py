@@ -51,8 +51,9 @@ def test_an_interrupted_run_is_not_complete(config: RunConfig) -> None:
 def test_both_options_or_less_than_a_step_are_refused(config: RunConfig) -> None:
     with pytest.raises(UserError, match="--more"):
         demo.goal_of(config, 1, 1)
-    with pytest.raises(UserError, match="4096"):
-        demo.goal_of(config, 4000, None)
+    for tokens in (0, 4000):
+        with pytest.raises(UserError, match="4096"):
+            demo.goal_of(config, tokens, None)
 
 
 def test_fewer_tokens_only_stop_earlier(config: RunConfig) -> None:
