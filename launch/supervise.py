@@ -149,6 +149,8 @@ class Supervisor:
         """What the run wrote, else what its process ended with (a mistake in a file is told before there is a folder)."""
         if self.folder.ended_since(since):
             return self.folder.read_outcome()
+        if status == 0:  # the run was complete before, and a start of such a one writes nothing
+            return {"code": 0, "reason": "complete"}
         return {"code": status, "reason": f"ended with status {status}, without an outcome"}
 
 

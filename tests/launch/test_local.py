@@ -80,6 +80,8 @@ def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, we
     )
     assert main(["launch", "logs", str(tmp_path / "run"), "--follow"]) == 0
     assert "complete: step 300" in capsys.readouterr().out
+    again, _ = start(tmp_path / "run.yaml", "--nproc", "1").communicate(timeout=PATIENCE)  # there is nothing to do
+    assert "is complete: step 300" in again and "run: the run is over, status 0: complete" in again
 
 
 def test_a_mistake_is_not_started_again(tmp_path: Path) -> None:
