@@ -7,9 +7,11 @@ model did, whatever its routers choose, until training makes the experts differ.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.yaml_marks import Document, Mark, explain
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import MixtureOfMLPConfig, ModelConfig
 
@@ -60,7 +62,7 @@ def upcycle(
         ("--reinitialize", reinitialize, 1.0),
         ("--router-std", router_std, None),
     ):
-        if value < 0 or (limit is not None and value > limit):
+        if not 0 <= value <= (math.inf if limit is None else limit) or math.isinf(value):  # nan is neither
             raise UserError(f"{name} {value:g}: give {'a part, from 0 to 1' if limit else '0 or more'}")
     from moe_train.checkpoint.weights import Entry, write_entries
 
@@ -113,9 +115,7 @@ def mixture_config(dense: ModelConfig, source: str, experts: int, top_k: int, ro
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"--router: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(explain(error, ModelConfig, Document(values, {(): Mark("--router", 0)}))) from None
 
 
 def read_router_keys(texts: list[str]) -> dict[str, Any]:

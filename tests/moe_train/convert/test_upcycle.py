@@ -146,7 +146,8 @@ def test_the_optimizer_is_kept_where_asked_for(tmp_path):
         ({"reinitialize": 1.5}, "--reinitialize 1.5: give a part, from 0 to 1"),
         ({"keep_optimizer": True}, "holds weights alone: there is no optimizer state"),
         ({"router": {"capacity_factor": 0.5}}, "router.capacity_factor: 0.5 has no room for the top_k experts"),
-        ({"router": {"renormalise": True}}, "router.renormalise: Extra inputs"),
+        ({"router": {"renormalise": True}}, "--router: router.renormalise: unknown key; did you mean 'renormalize'?"),
+        ({"router_std": float("nan")}, "--router-std nan: give 0 or more"),
         ({"router": {"renormalize": False}}, "gates that do not add up to 1"),
     ],
 )
