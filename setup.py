@@ -9,9 +9,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'__version__ = "([^"]+)"', (ROOT / "moe_train" / "__init__.py").read_text(encoding="utf-8")
-).group(1)
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "moe_train" / "__init__.py").read_text(encoding="utf-8")).group(
+    1
+)
 
 # `apex` must never be listed here: the package of that name on PyPI has nothing to do with NVIDIA's (which is
 # built from source, and found when it is importable), and a foreign `apex` makes megatron-core believe that
@@ -42,6 +42,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.15"],  # its CPU Adam, for optimizer offload
     "test": [
         "pytest>=8.0",
+        "ruff>=0.17",
         "hypothesis>=6.100",
         "pyarrow>=14.0",
         "s3fs>=2024.2",
@@ -57,9 +58,7 @@ setup(
     name="moe-train",
     version=VERSION,
     description="Pretrain JetMoE-class mixture-of-experts models, from a laptop to a cluster",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8")
-    if (ROOT / "README.md").exists()
-    else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

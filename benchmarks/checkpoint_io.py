@@ -1,18 +1,22 @@
-"""What a checkpoint costs: saving against writing the same bytes, loading against reading them, and how long training stands still.
+"""What a checkpoint costs: saving against writing the same bytes, loading against reading them, and how long training
+stands still.
 
-    python benchmarks/checkpoint_io.py                                   the 60M preset in fp32, 0.7 GB, into a temporary folder here
     python benchmarks/checkpoint_io.py --folder /scratch --rounds 7
 
-One process, one rank. All kinds take turns, files are new each time and flushed to the disk; before a read they are dropped from the
-page cache. Prints one JSON line; the ratios are medians over the rounds of neighbouring measurements:
+The 60M preset in fp32, 0.7 GB, into a temporary folder; where none is named, here.
+
+One process, one rank. All kinds take turns, files are new each time and flushed to the disk; before a read they are
+dropped from the page cache. Prints one JSON line; the ratios are medians over the rounds of neighbouring measurements:
 
     save     bytes/s of a synchronous save over those of a plain write with fsync (aim: at least 0.7)
     load     bytes/s of a load into the model over those of a plain read (of the bytes that it reads)
     check    bytes/s of checking the hashes over those of a plain read
     hashing  the part of the processor time of a save that goes into hashes
-    stall    time that an asynchronous save keeps the loop from its next step, over the time of a synchronous one (aim: at most 0.15)
-    lost     all that it costs the training until it is on disk, over the time of a synchronous one: on a machine whose processors are
-             all busy with training, the writer's own work is added to the stall; where one is idle, or training is on a GPU, it is not
+    stall    time that an asynchronous save keeps the loop from its next step, over the time of a synchronous one
+             (aim: at most 0.15)
+    lost     all that it costs the training until it is on disk, over the time of a synchronous one: on a machine whose
+             processors are all busy with training, the writer's own work is added to the stall; where one is idle, or
+             training is on a GPU, it is not
 """
 
 from __future__ import annotations
@@ -34,9 +38,7 @@ BATCH, SEQUENCE = 1, 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to be measured")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -1,4 +1,6 @@
-"""What takes part in `h100_step.py`, and this project's own step as one of the contestants; `rivals.py` has the others."""
+"""What takes part in `h100_step.py`, and this project's own step as one of the contestants; `rivals.py` has the
+others."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +28,8 @@ class Contestant:
     """One program, ready to take steps."""
 
     step: Callable[[torch.Tensor], None]
-    """Takes windows of token ids ``[micro-batches, micro-batch size, S + 1]``: all gradients of a step, clipping, AdamW."""
+    """Takes windows of token ids ``[micro-batches, micro-batch size, S + 1]``: all gradients of a step, clipping,
+    AdamW."""
     balanced: Callable[[], AbstractContextManager]
     """While it is entered every expert gets as many tokens, in turn, with the gates that the router gave."""
     model: ModelConfig
@@ -35,15 +38,18 @@ class Contestant:
     routings: tuple[str, ...] = ("learned", "balanced")
 
 
-def ours(model: ModelConfig, kernels: str, batch: tuple[int, int, int], precision: str, recompute: str, share: bool) -> Contestant:
+def ours(
+    model: ModelConfig, kernels: str, batch: tuple[int, int, int], precision: str, recompute: str, share: bool
+) -> Contestant:
     """This project's step on one rank, as its trainer takes it, without reading data.
 
     Args:
         kernels: ``torch``, ``te``, or ``fp8-RECIPE`` (which needs Transformer Engine).
-        share: only an eighth of the experts is held and stepped by this rank. Rows that a real run would send to the other ranks
-            stand in for as many rows that those would send here, sorted by expert already. Measured: everything that one of 8 ranks
-            computes, with balanced peers, and its waiting for the numbers of rows. Not measured: the exchanges (of numbers, of rows,
-            of gradients), and the sorting of what comes from several ranks where a rank has several experts.
+        share: only an eighth of the experts is held and stepped by this rank. Rows that a real run would send to the
+            other ranks stand in for as many rows that those would send here, sorted by expert already. Measured:
+            everything that one of 8 ranks computes, with balanced peers, and its waiting for the numbers of rows. Not
+            measured: the exchanges (of numbers, of rows, of gradients), and the sorting of what comes from several
+                ranks where a rank has several experts.
     """
     from parallel import engine
 
@@ -72,11 +78,14 @@ def ours(model: ModelConfig, kernels: str, batch: tuple[int, int, int], precisio
             optimizer.update(LEARNING_RATE, optimizer.gradient_norm())
 
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    return Contestant(step, _our_routing_in_turn, model, parameters, ("balanced",) if share else ("learned", "balanced"))
+    return Contestant(
+        step, _our_routing_in_turn, model, parameters, ("balanced",) if share else ("learned", "balanced")
+    )
 
 
 def _options(kernels: str, precision: str, recompute: str):
-    """The options of a model with these kernels. Weights are drawn on the device instead, which takes seconds, not minutes."""
+    """The options of a model with these kernels. Weights are drawn on the device instead, which takes seconds, not
+    minutes."""
     from moe_train.model.build import DTYPES
     from moe_train.model.options import ModelOptions
 
@@ -108,8 +117,8 @@ def _fill(module: torch.nn.Module, std: float) -> None:
 
 @contextmanager
 def _rows_of_peers() -> Iterator[None]:
-    """What would go to an expert of another rank goes to the expert of that place on this rank: as many rows as balanced peers
-    would send, and what it keeps."""
+    """What would go to an expert of another rank goes to the expert of that place on this rank: as many rows as
+    balanced peers would send, and what it keeps."""
     from parallel.dispatch.alltoall import AllToAllDispatcher
     from parallel.dispatch.rows import ExpertRows
 
@@ -118,7 +127,7 @@ def _rows_of_peers() -> Iterator[None]:
     def count(dispatcher, count_e: torch.Tensor, places: int) -> ExpertRows:
         held = dispatcher.num_experts // SHARED_BY
         rows = ExpertRows(count_alone(dispatcher, count_e, places).per_expert.view(SHARED_BY, held).sum(0))
-        rows.counts  # the host waits for them, as it does with peers
+        _ = rows.counts  # the host waits for them, as it does with peers
         return rows
 
     with replaced(AllToAllDispatcher, "exchange_counts", count):

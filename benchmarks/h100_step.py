@@ -1,4 +1,5 @@
-"""One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their optimizer.
+"""One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their
+optimizer.
 
     python benchmarks/h100_step.py --out profiles                        everything, 4 micro-batches of 4 x 4096 tokens
     python benchmarks/h100_step.py --only ours,ours-fp8-blockwise,megatron-te --rounds 3
@@ -11,22 +12,26 @@ Contestants, each in a process of its own, one after the other, with the same la
     ours-te                 the same with Transformer Engine's
     ours-fp8-RECIPE         Transformer Engine's in FP8: delayed, tensorwise, blockwise, mxfp8
     ours-share, ours-te-share, ours-fp8-RECIPE-share
-                            what one of 8 expert-parallel ranks computes, with synthetic peers: see `contestants.ours` for what of it is
-                            measured and what is not
+                            what one of 8 expert-parallel ranks computes, with synthetic peers: see `contestants.ours`
+                            for what of it is measured and what is not
     huggingface-sdpa, huggingface-eager     transformers' JetMoE with torch's AdamW (all of it in bf16)
-    megatron-local, megatron-te             megatron-core's GPTModel of the same size, with grouped-query attention; local: as where
+    megatron-local, megatron-te
+                            megatron-core's GPTModel of the same size, with grouped-query attention; local: as where
                             Transformer Engine is not installed
 
-One that fails or does not fit has ``error`` in its entry, and the others go on. ``learned`` is the routing that comes out of the first
-weights, ``balanced`` gives every expert as many tokens, in turn; a contestant takes the two alternately, ``--blocks`` times. ``--rounds``
-goes through all contestants again, so that a change of the GPU's clocks meets all of them.
+One that fails or does not fit has ``error`` in its entry, and the others go on. ``learned`` is the routing that comes
+out of the first weights, ``balanced`` gives every expert as many tokens, in turn; a contestant takes the two
+alternately, ``--blocks`` times. ``--rounds`` goes through all contestants again, so that a change of the GPU's clocks
+meets all of them.
 
-Prints one JSON line: for every contestant and routing the median seconds of a step, tokens/s, TFLOP/s, the part of the device's dense bf16
-peak (MFU, for FP8 too), peak memory, milliseconds of each part of a step (`moe-train profile` says what they are; other programs
-have `other` and `idle`), how often the host waits for the GPU, by operation and by line of Python, and how many of Transformer
-Engine's matrix products were FP8; ``ratios`` are tokens/s over those of the first contestant with the same routing. ``--out`` gets a trace
-of each, and its kernels by name with their time. Progress is on stderr. `moe-train plan layout --measured` goes on from the line.
+Prints one JSON line: for every contestant and routing the median seconds of a step, tokens/s, TFLOP/s, the part of the
+device's dense bf16 peak (MFU, for FP8 too), peak memory, milliseconds of each part of a step (`moe-train profile` says
+what they are; other programs have `other` and `idle`), how often the host waits for the GPU, by operation and by line
+of Python, and how many of Transformer Engine's matrix products were FP8; ``ratios`` are tokens/s over those of the
+first contestant with the same routing. ``--out`` gets a trace of each, and its kernels by name with their time.
+Progress is on stderr. `moe-train plan layout --measured` goes on from the line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -69,7 +74,9 @@ def count(text: str) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c"
+    )
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
     parser.add_argument("--layers", type=count, help="instead of as many as fit")
     parser.add_argument("--sequence-length", type=count, default=4096)
@@ -113,7 +120,9 @@ def main() -> None:
                 results[name] = one
             else:
                 merge(results[name], one)
-            said = one.get("error") or ", ".join(f"{kind} {min(each['seconds']):.4g} s a step" for kind, each in routings(one))
+            said = one.get("error") or ", ".join(
+                f"{kind} {min(each['seconds']):.4g} s a step" for kind, each in routings(one)
+            )
             print(f"{said} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
     for result in results.values():
         finish(result, arguments)
@@ -124,10 +133,11 @@ def main() -> None:
 
 
 def in_child(name: str, more: list[str], limit: float) -> dict[str, Any]:
-    """What ``name`` answers in a process of its own; ``error`` where it fails, dies or takes longer than ``limit`` seconds."""
+    """What ``name`` answers in a process of its own; ``error`` where it fails, dies or takes longer than ``limit``
+    seconds."""
     command = [sys.executable, __file__, *sys.argv[1:], *more, "--child", name]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {limit:g} s"}
     try:
@@ -237,7 +247,9 @@ def fitted_layers(model, arguments: argparse.Namespace) -> int:
     from parallel.layout import Layout
 
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here; to try it on a CPU: --model bench_60m --layers 1 --sequence-length 128 --steps 1")
+        raise SystemExit(
+            "there is no GPU here; to try it on a CPU: --model bench_60m --layers 1 --sequence-length 128 --steps 1"
+        )
     room = ROOM * torch.cuda.get_device_properties(0).total_memory
     layout = Layout(1, 1, 1, None, 1, 1)
     for layers in range(model.num_layers, 0, -1):
@@ -278,7 +290,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     contestant = prepare(name, model, arguments)
     shape = (arguments.micro_batches, arguments.micro_batch_size, arguments.sequence_length + 1)
-    windows = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to("cuda" if gpu else "cpu")
+    windows = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(
+        "cuda" if gpu else "cpu"
+    )
 
     def step() -> None:
         contestant.step(windows)

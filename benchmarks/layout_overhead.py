@@ -1,12 +1,15 @@
-"""What it costs to spread a model over two ranks of one machine: tokens/s of each layout against one rank with two threads.
+"""What it costs to spread a model over two ranks of one machine: tokens/s of each layout against one rank with two
+threads.
 
     python benchmarks/layout_overhead.py            the 60M preset, batch 4 x 512, fp32
     python benchmarks/layout_overhead.py --rounds 9
 
-Every layout runs in processes of its own with one thread a rank; the layouts take turns step by step. Prints one JSON line:
-for each layout ``ratio`` = its tokens/s over that of one rank with two threads (median of the ratios of neighbouring steps).
-On a shared machine the figure tells what the engine adds in communication and waiting, not what a network costs.
+Every layout runs in processes of its own with one thread a rank; the layouts take turns step by step. Prints one JSON
+line: for each layout ``ratio`` = its tokens/s over that of one rank with two threads (median of the ratios of
+neighbouring steps). On a shared machine the figure tells what the engine adds in communication and waiting, not what a
+network costs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,7 +59,10 @@ def main() -> None:
         for process in group:
             process.wait()
     tokens = GLOBAL_BATCH * SEQUENCE
-    result = {"benchmark": "layout_overhead", "one_rank_tokens_per_second": round(tokens / statistics.median(seconds["one"]))}
+    result = {
+        "benchmark": "layout_overhead",
+        "one_rank_tokens_per_second": round(tokens / statistics.median(seconds["one"])),
+    }
     for name in list(LAYOUTS)[1:]:
         ratios = [alone / together for alone, together in zip(seconds["one"], seconds[name])]
         result[name] = {"ratio": round(statistics.median(ratios), 3)}

@@ -3,11 +3,11 @@
     python benchmarks/loader_throughput.py                     2 GB of tokens, sequences of 4096
     python benchmarks/loader_throughput.py --gigabytes 4 --rounds 5
 
-``warm``: the files are in the page cache. ``cold``: they were dropped from it just before, and no more is read than they
-hold, so that every block comes from the disk once or more, as from a corpus larger than memory. Each reads in its own random order.
-GPTDataset's figure is that of `__getitem__` (tokens, labels, masks); ``*_ratio_raw`` compares with the part of it
-that reads tokens, without the tensors. ``ranks_fed``: how many H100 (24,000 tokens/s each, the 8B model at 40% MFU) one
-process keeps busy. Prints one JSON line.
+``warm``: the files are in the page cache. ``cold``: they were dropped from it just before, and no more is read than
+they hold, so that every block comes from the disk once or more, as from a corpus larger than memory. Each reads in its
+own random order. GPTDataset's figure is that of `__getitem__` (tokens, labels, masks); ``*_ratio_raw`` compares with
+the part of it that reads tokens, without the tensors. ``ranks_fed``: how many H100 (24,000 tokens/s each, the 8B model
+at 40% MFU) one process keeps busy. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def main() -> None:
 
 def _start(side: str, folder: str, seconds: float) -> subprocess.Popen:
     command = [sys.executable, __file__, "--seconds", str(seconds), "--serve", side, folder]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def make(folder: Path, tokens: int) -> None:

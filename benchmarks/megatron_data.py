@@ -1,4 +1,5 @@
-"""megatron-core's data classes over token files, for the benchmarks that compare with them; and synthetic token files."""
+"""megatron-core's data classes over token files, for the benchmarks that compare with them; and synthetic token
+files."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class EndToken:
 
 
 def sparse_corpus(prefix: Path, tokens: int, document: int) -> None:
-    """A corpus of `tokens` uint16 tokens in documents of `document`, all of them 0: a real index, and a .bin without blocks."""
+    """A corpus of `tokens` uint16 tokens in documents of `document`, all of them 0: a real index, and a .bin without
+    blocks."""
     lengths = np.full(-(-tokens // document), document, np.int64)
     lengths[-1] = tokens - lengths[:-1].sum()
     write_index(prefix, lengths)

@@ -1,13 +1,13 @@
-"""From the mixture file to the first batch at 305 million samples (1.25T tokens at 4096): time and peak memory, with 6 and
-with 500 sources, against the index build of megatron-core's GPTDataset and BlendedDataset.
+"""From the mixture file to the first batch at 305 million samples (1.25T tokens at 4096): time and peak memory, with 6
+and with 500 sources, against the index build of megatron-core's GPTDataset and BlendedDataset.
 
     python benchmarks/mixture_startup.py                  theirs on 1/100 of the samples, times 100
     python benchmarks/mixture_startup.py --part 10        theirs on 1/10 (more memory and time)
 
 Ours runs whole, each in a process of its own: read the YAML, open the shards (files of the full size, without blocks on
-disk), make the ledger, locate and read 16 sequences. Theirs builds its indices over documents of about 1000 tokens, for the
-same weights and one epoch; its work grows at least in proportion to the samples, so that multiplying is in its favour
-(shuffles of small arrays stay in the processor's cache). Imports count on neither side. Prints one JSON line.
+disk), make the ledger, locate and read 16 sequences. Theirs builds its indices over documents of about 1000 tokens, for
+the same weights and one epoch; its work grows at least in proportion to the samples, so that multiplying is in its
+favour (shuffles of small arrays stay in the processor's cache). Imports count on neither side. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ def main() -> None:
         result = ours(Path(folder)) if side == "ours" else theirs(int(sources), Path(folder), arguments.part)
         print(json.dumps(result | {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}))
         return
-    figures: dict[str, list[float]] = {key: [] for key in ("seconds", "megatron_seconds", "speedup", "peak_mb", "megatron_peak_mb")}
+    figures: dict[str, list[float]] = {
+        key: [] for key in ("seconds", "megatron_seconds", "speedup", "peak_mb", "megatron_peak_mb")
+    }
     for sources in (6, 500):
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), sources)
-            mine = min((_child("ours", sources, folder, arguments.part) for _ in range(3)), key=lambda run: run["seconds"])
+            mine = min(
+                (_child("ours", sources, folder, arguments.part) for _ in range(3)), key=lambda run: run["seconds"]
+            )
         with tempfile.TemporaryDirectory() as folder:
             other = _child("theirs", sources, folder, arguments.part)
         figures["seconds"].append(round(mine["seconds"], 4))
@@ -48,7 +52,8 @@ def main() -> None:
         figures["peak_mb"].append(mine["peak_mb"])
         figures["megatron_peak_mb"].append(other["peak_mb"])
     print(json.dumps({
-        "benchmark": "mixture_startup", "samples": SAMPLES, "sources": [6, 500], **figures, "peak_mb": max(figures["peak_mb"]),
+        "benchmark": "mixture_startup", "samples": SAMPLES, "sources": [6, 500],
+        **figures, "peak_mb": max(figures["peak_mb"]),
         "megatron_measured_on_samples": SAMPLES // arguments.part, "megatron_extrapolated_times": arguments.part,
     }))  # fmt: skip
 

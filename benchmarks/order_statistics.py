@@ -1,5 +1,5 @@
-"""How random the order of a source's windows is, and how local: figures of one epoch, beside those of a permutation drawn
-uniformly (numpy's), which is as random as can be and reads every window from somewhere else.
+"""How random the order of a source's windows is, and how local: figures of one epoch, beside those of a permutation
+drawn uniformly (numpy's), which is as random as can be and reads every window from somewhere else.
 
     python benchmarks/order_statistics.py                    a source of 2B tokens, sequences of 4096
     python benchmarks/order_statistics.py --windows 100000 --sequence-length 2048
@@ -9,11 +9,14 @@ Prints one JSON line; a figure of ours is the median over `--keys` seeds.
 serial_correlation     between the places of windows that come one after the other; 0 when there is none
 step                   mean distance between them, as part of the source; 1/3 when they are independent
 epoch_correlation      between the order of an epoch and that of the next
-place_time_chi2        of the table (tenth of the epoch) x (tenth of the source), by its 81 degrees of freedom: 1 when where a window
-                       lies says nothing about when it comes. Above 1, chunks come together: a tenth has so many fewer independent draws
-prefix_ks              largest gap between the part of the source that lies before a place, and of the first tenth of the epoch's windows
+place_time_chi2        of the table (tenth of the epoch) x (tenth of the source), by its 81 degrees of freedom: 1
+                       when where a window lies says nothing about when it comes. Above 1, chunks come together: a tenth
+                       has so many fewer independent draws
+prefix_ks              largest gap between the part of the source that lies before a place, and of the first tenth of
+                       the epoch's windows
 next_on_disk           part of the reads that begin where the one before ended
-chunk_open             part of the reads in half a megabyte that one of the 4096 reads before was in: what read-ahead and caches live on
+chunk_open             part of the reads in half a megabyte that one of the 4096 reads before was in: what read-ahead
+                       and caches live on
 chunks_per_batch       different half megabytes that 256 neighbouring samples come from
 megabytes_per_epoch    read by 1 MiB blocks with a cache of 256 of them, over the size of the source
 """
@@ -71,7 +74,9 @@ def figures(windows: np.ndarray, following: np.ndarray, length: int) -> dict[str
         "prefix_ks": float(np.abs(prefix / count - np.arange(len(prefix)) / len(prefix)).max()),
         "next_on_disk": float((np.diff(windows) == 1).mean()),
         "chunk_open": _open_part(chunks),
-        "chunks_per_batch": statistics.mean(len(np.unique(chunks[i : i + BATCH])) for i in range(0, count - BATCH, 97 * BATCH)),
+        "chunks_per_batch": statistics.mean(
+            len(np.unique(chunks[i : i + BATCH])) for i in range(0, count - BATCH, 97 * BATCH)
+        ),
         "megabytes_per_epoch": _fetched(windows, length) * BLOCK_BYTES / (count * length * 2),
     }
 

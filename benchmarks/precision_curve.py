@@ -1,11 +1,13 @@
-"""How far the demo's loss curve in bf16 is from that in fp32, beside how far another seed of the initial weights takes it.
+"""How far the demo's loss curve in bf16 is from that in fp32, beside how far another seed of the initial weights takes
+it.
 
     python benchmarks/precision_curve.py                     the whole demo four times: minutes each, on two processes
     python benchmarks/precision_curve.py --work runs/precision
 
-Two seeds, each in both precisions, with the same data in the same order. Builds the demo's corpora where they are missing. Runs are kept in
---work; a call that was cut off goes on where they are. Prints one JSON line, in nats per token: `bf16` and `bf16_second_seed`, against
-fp32 of the same seed; `second_seed`, fp32 against fp32; of each
+Two seeds, each in both precisions, with the same data in the same order. Builds the demo's corpora where they are
+missing. Runs are kept in
+--work; a call that was cut off goes on where they are. Prints one JSON line, in nats per token: `bf16` and
+`bf16_second_seed`, against fp32 of the same seed; `second_seed`, fp32 against fp32; of each
 
 largest, mean      of the distance of the two curves, each averaged over --window steps
 bias               the mean difference over the last half of the steps: what would grow if one trained worse
@@ -13,6 +15,7 @@ held_out           the difference on each source's held-out text, after the last
 
 and `ratio`: the mean distance of bf16 from fp32, over that between the seeds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,7 +37,11 @@ RUNS = {
     "fp32_second_seed": ("training.precision=fp32", "training.seed=4321"),
     "bf16_second_seed": ("training.precision=bf16", "training.seed=4321"),
 }
-PAIRS = {"bf16": ("bf16", "fp32"), "bf16_second_seed": ("bf16_second_seed", "fp32_second_seed"), "second_seed": ("fp32_second_seed", "fp32")}
+PAIRS = {
+    "bf16": ("bf16", "fp32"),
+    "bf16_second_seed": ("bf16_second_seed", "fp32_second_seed"),
+    "second_seed": ("fp32_second_seed", "fp32"),
+}
 
 
 def main() -> None:
@@ -58,7 +65,17 @@ def train(run: Path, overrides: tuple[str, ...]) -> list[report.Row]:
 
     os.chdir(ROOT)  # the demo's paths are relative to where it runs
     build(BUILD, Console(stderr=True))
-    command = [sys.executable, "-m", "moe_train", "pretrain", RUN_FILE, "--nproc", str(PROCESSES), f"output_dir={run}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_train",
+        "pretrain",
+        RUN_FILE,
+        "--nproc",
+        str(PROCESSES),
+        f"output_dir={run}",
+        *overrides,
+    ]
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     subprocess.run(command, stdout=sys.stderr, env={"OMP_NUM_THREADS": str(threads), **os.environ}, check=True)
     return report.read_metrics(run)

@@ -1,11 +1,12 @@
-"""What `prepare` costs over its tokenizer: tokens/s of the whole of it (read, parse, encode, shuffle, hash, write) against
-sentencepiece alone on the same text with the same number of processes.
+"""What `prepare` costs over its tokenizer: tokens/s of the whole of it (read, parse, encode, shuffle, hash, write)
+against sentencepiece alone on the same text with the same number of processes.
 
     python benchmarks/prepare_throughput.py                 2 processes, 24 MB of this machine's Python files
     python benchmarks/prepare_throughput.py --workers 8 --megabytes 200
 
-sentencepiece alone: the documents lie parsed in the memory of each process, an equal share of bytes in each, and are encoded in
-lists; starting processes counts on neither side. The two take turns. Prints one JSON line; `ratio` is the median over rounds.
+sentencepiece alone: the documents lie parsed in the memory of each process, an equal share of bytes in each, and are
+encoded in lists; starting processes counts on neither side. The two take turns. Prints one JSON line; `ratio` is the
+median over rounds.
 """
 
 from __future__ import annotations
@@ -48,12 +49,17 @@ def main() -> None:
             for number in range(arguments.rounds):
                 alone.append(sentencepiece.seconds())
                 report = prepare(
-                    [folder / "text.jsonl"], folder / f"out{number}", folder / "tok.model", arguments.workers, progress=False
+                    [folder / "text.jsonl"],
+                    folder / f"out{number}",
+                    folder / "tok.model",
+                    arguments.workers,
+                    progress=False,
                 )
                 whole.append(report.seconds)
                 tokens = report.train.tokens
     print(json.dumps({
-        "benchmark": "prepare_throughput", "workers": arguments.workers, "megabytes": arguments.megabytes, "tokens": tokens,
+        "benchmark": "prepare_throughput", "workers": arguments.workers, "megabytes": arguments.megabytes,
+        "tokens": tokens,
         "tokens_per_second": round(tokens / statistics.median(whole)),
         "sentencepiece_tokens_per_second": round(tokens / statistics.median(alone)),
         "ratio": round(statistics.median(a / w for a, w in zip(alone, whole, strict=True)), 3),
@@ -61,7 +67,8 @@ def main() -> None:
 
 
 def collect(size: float) -> list[str]:
-    """Python files of the standard library and of what is installed, `size` bytes of them; again if there are too few."""
+    """Python files of the standard library and of what is installed, `size` bytes of them; again if there are too
+    few."""
     texts, total = [], 0
     roots = [sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]]
     files = [path for root in dict.fromkeys(roots) for path in sorted(Path(root).rglob("*.py"))]

@@ -1,9 +1,10 @@
 """Other programs that train (almost) the same model, behind the same function as ours.
 
-``huggingface`` is transformers' JetMoE with torch's optimizer. ``megatron`` is megatron-core's GPTModel with its own data
-parallelism and optimizer: grouped-query attention of as many query heads as a token has in a mixture of attention, and the same
-experts.
+``huggingface`` is transformers' JetMoE with torch's optimizer. ``megatron`` is megatron-core's GPTModel with its own
+data parallelism and optimizer: grouped-query attention of as many query heads as a token has in a mixture of attention,
+and the same experts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from parallel import cuda_settings
 
 
 def huggingface(model: ModelConfig, attention: str, precision: str) -> Contestant:
-    """transformers' JetMoE as its documentation would have it trained: torch's fused AdamW, clipping, no KV cache, no router losses.
+    """transformers' JetMoE as its documentation would have it trained: torch's fused AdamW, clipping, no KV cache, no
+    router losses.
 
     In bf16 weights, gradients and moments are bf16, which is 8 bytes of a parameter where the others have 18.
 
@@ -34,7 +36,9 @@ def huggingface(model: ModelConfig, attention: str, precision: str) -> Contestan
         network = modeling_jetmoe.JetMoeForCausalLM(jetmoe_config(model, attention)).train()
     if precision == "bf16":
         network = network.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
     def step(windows: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -67,12 +71,15 @@ def jetmoe_config(model: ModelConfig, attention: str = "sdpa"):
     return JetMoeConfig.from_dict(hf_config(model, "float32", None), attn_implementation=attention)
 
 
-def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], precision: str, recompute: str) -> Contestant:
+def megatron(
+    model: ModelConfig, layers: str, batch: tuple[int, int, int], precision: str, recompute: str
+) -> Contestant:
     """megatron-core's GPTModel, wrapped and stepped as its own training program does it.
 
     Args:
-        layers: ``local``: its layers without Transformer Engine (experts one after the other; the attention is computed again
-            backward, without which its scores fill the memory); ``te``: Transformer Engine's with what it offers fused.
+        layers: ``local``: its layers without Transformer Engine (experts one after the other; the attention is computed
+            again backward, without which its scores fill the memory); ``te``: Transformer Engine's with what it offers
+            fused.
         recompute: ``none`` or ``full``; ``selective`` is the attention's.
     """
     from parallel import engine
@@ -104,7 +111,9 @@ def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], preci
     bf16 = precision != "fp32"
     config = TransformerConfig(**_gpt_config(model, te, bf16, recompute), use_cpu_initialization=not gpu)
     if te:
-        spec = specs.get_gpt_layer_with_transformer_engine_spec(num_experts=model.mlp.num_experts, moe_grouped_gemm=True)
+        spec = specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.mlp.num_experts, moe_grouped_gemm=True
+        )
     else:
         spec = specs.get_gpt_layer_local_spec(num_experts=model.mlp.num_experts, normalization="RMSNorm")
     network = GPTModel(
@@ -176,7 +185,10 @@ def megatron(model: ModelConfig, layers: str, batch: tuple[int, int, int], preci
 
     @contextmanager
     def balanced() -> Iterator[None]:
-        with replaced(config, "moe_router_force_load_balancing", True), replaced(router, "apply_random_logits", prefer_in_turn):
+        with (
+            replaced(config, "moe_router_force_load_balancing", True),
+            replaced(router, "apply_random_logits", prefer_in_turn),
+        ):
             yield
 
     return Contestant(step, balanced, model, parameters)
@@ -188,7 +200,9 @@ def _as_gpt(model: ModelConfig) -> ModelConfig:
     if attention.kind == "gqa":
         return model
     heads = attention.num_kv_heads * attention.top_k
-    same = GroupedQueryAttentionConfig(num_heads=heads, num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim)
+    same = GroupedQueryAttentionConfig(
+        num_heads=heads, num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim
+    )
     return model.model_copy(update={"attention": same})
 
 
@@ -220,7 +234,8 @@ def _gpt_config(model: ModelConfig, te: bool, bf16: bool, recompute: str) -> dic
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         init_method_std=model.init_std,
-        gradient_accumulation_fusion=te and find_spec("fused_weight_gradient_mlp_cuda") is not None,  # its head needs Apex's
+        # its head needs Apex's
+        gradient_accumulation_fusion=te and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         moe_permute_fusion=te,
         apply_rope_fusion=te,
         cross_entropy_loss_fusion=True,

@@ -1,14 +1,16 @@
-"""One training step of the 60M preset against Hugging Face's JetMoE: forward, backward, clipping and AdamW, same batch, same cores.
+"""One training step of the 60M preset against Hugging Face's JetMoE: forward, backward, clipping and AdamW, same batch,
+same cores.
 
     python benchmarks/step_vs_hf.py                 fp32 and bf16, batch 4 x 512, two threads
     python benchmarks/step_vs_hf.py --rounds 9
     python benchmarks/step_vs_hf.py --profile ours --precision bf16      where the time of a step goes
 
-Each side runs in a process of its own and the two take turns step by step, so that a change of the machine's speed meets
-both. Prints one JSON line: for each precision the seconds of either side (median) and ``ratio`` = ours / theirs, the
-median of the ratios of neighbouring steps. Hugging Face's side is given sdpa attention, no KV cache, and torch's fused AdamW.
-Router losses are on in ours and, as in its default, off in theirs.
+Each side runs in a process of its own and the two take turns step by step, so that a change of the machine's speed
+meets both. Prints one JSON line: for each precision the seconds of either side (median) and ``ratio`` = ours / theirs,
+the median of the ratios of neighbouring steps. Hugging Face's side is given sdpa attention, no KV cache, and torch's
+fused AdamW. Router losses are on in ours and, as in its default, off in theirs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +38,11 @@ def main() -> None:
         return
     if arguments.profile:
         precision = (arguments.precision or ["fp32"])[0]
-        print(json.dumps({"benchmark": "step_vs_hf", "profile": arguments.profile, precision: profile(arguments, precision)}))
+        print(
+            json.dumps(
+                {"benchmark": "step_vs_hf", "profile": arguments.profile, precision: profile(arguments, precision)}
+            )
+        )
         return
     result = {"benchmark": "step_vs_hf", "batch": [BATCH, SEQUENCE], "threads": arguments.threads}
     for precision in arguments.precision or ["fp32", "bf16"]:

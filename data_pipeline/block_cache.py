@@ -35,7 +35,7 @@ def cache_bytes() -> int:
 class BlockCache:
     """The cache of one node, as one of its processes sees it.
 
-        block = cache.get(key, expected, fetch)
+    block = cache.get(key, expected, fetch)
     """
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:

@@ -2,7 +2,8 @@
 
 For each shard: what its .idx says, its fingerprint, and whether its tokens were hashed and found to be what the
 manifest says; good as long as sizes and modification times (etags, on an object store) of both files stay. Kept in
-``$MOE_TRAIN_CACHE`` (default: ``~/.cache/moe-train``), one file a source; a cache that cannot be read or written is done without.
+``$MOE_TRAIN_CACHE`` (default: ``~/.cache/moe-train``), one file a source; a cache that cannot be read or written is
+done without.
 
 Hashing terabytes would keep a job waiting. So each start hashes at most `verify_bytes()` of what is not known yet, in
 the order of the shards, and remembers it: small corpora are checked whole, large ones bit by bit over several
@@ -60,8 +61,8 @@ def stamp(prefix: str) -> list[int | str]:
 class Catalogue:
     """The entries of one source's shards, by prefix: ``{stamp, facts, fingerprint, verified}``.
 
-        with catalogue_of(prefixes) as catalogue:
-            entry = catalogue.get(prefix, stamp(prefix))
+    with catalogue_of(prefixes) as catalogue:
+        entry = catalogue.get(prefix, stamp(prefix))
     """
 
     def __init__(self, path: Path | None) -> None:

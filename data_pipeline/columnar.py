@@ -21,9 +21,7 @@ def rows(path: str, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
     except ImportError:
-        raise DataError(
-            f"{path}: needs the package pyarrow; pip install 'moe-train[data]' (or pyarrow)"
-        ) from None
+        raise DataError(f"{path}: needs the package pyarrow; pip install 'moe-train[data]' (or pyarrow)") from None
     wanted = list(dict.fromkeys(fields))
     try:
         for batch in _batches(path, wanted, pyarrow):
@@ -60,9 +58,7 @@ def _columns(path: str, wanted: list[str], there: list[str]) -> list[str]:
     """Names of the columns that hold the fields; ``a.b`` may be the column of that name or one called a."""
     found = [name if name in there else name.partition(".")[0] for name in wanted]
     if found[0] not in there:
-        raise DataError(
-            f"{path}: has no column {wanted[0]!r}; it has {', '.join(there)}: name one with --text-key"
-        )
+        raise DataError(f"{path}: has no column {wanted[0]!r}; it has {', '.join(there)}: name one with --text-key")
     return list(dict.fromkeys(name for name in found if name in there))
 
 

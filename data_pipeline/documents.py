@@ -62,9 +62,7 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     for given in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         path = os.fspath(given)
         if os.path.isdir(path):
-            found = sorted(
-                str(file) for file in Path(path).rglob("*") if file.is_file() and _is_input(file.name)
-            )
+            found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and _is_input(file.name))
             if not found:
                 raise DataError(f"{path}: the folder holds no {', '.join(ENDINGS)} file; check the path")
         elif os.path.isfile(path):

@@ -37,9 +37,7 @@ def check_past(
     old = ledger.segments[ledger.segment_at(at_sample - 1)].mixture
     branch = "start a new run for it"
     if new.seed != old.seed:
-        raise DataError(
-            f"the mixture's seed was changed from {old.seed} to {new.seed}; set it back, or {branch}"
-        )
+        raise DataError(f"the mixture's seed was changed from {old.seed} to {new.seed}; set it back, or {branch}")
     if new.sequence_length != old.sequence_length:
         raise DataError(
             f"the mixture's sequence_length was changed from {old.sequence_length} to "
@@ -47,8 +45,7 @@ def check_past(
         )
     if None not in (tokenizer, ledger.tokenizer) and tokenizer != ledger.tokenizer:
         raise DataError(
-            f"the mixture's tokenizer {new.tokenizer} is not the one this run began with; set it "
-            f"back, or {branch}"
+            f"the mixture's tokenizer {new.tokenizer} is not the one this run began with; set it back, or {branch}"
         )
     _check_content(ledger, facts, at_sample)
     _check_phases(old, new, at_sample, branch)
@@ -75,21 +72,17 @@ def _check_phases(old: MixtureConfig, new: MixtureConfig, at_sample: int, branch
         begin = old_end
         if number >= len(new.phases) or new.phases[number].name != phase.name:
             found = f"found {new.phases[number].name!r}" if number < len(new.phases) else "it was removed"
-            raise DataError(
-                f"phase {number + 1} has begun as {phase.name!r} but {found}; put it back, or {branch}"
-            )
+            raise DataError(f"phase {number + 1} has begun as {phase.name!r} but {found}; put it back, or {branch}")
         other, new_end = new.phases[number], new.phase_ends[number]
         if old_end < at_sample and other.tokens != phase.tokens:
             raise DataError(
                 f"phase {phase.name!r} is finished with {phase.tokens} tokens but now has "
-                f"{other.tokens}; set it back, and add or "
-                f"lengthen a later phase"
+                f"{other.tokens}; set it back, and add or lengthen a later phase"
             )
         if new_end < min(old_end, at_sample):
             raise DataError(
                 f"phase {phase.name!r} was shortened to {other.tokens} tokens, to before now: "
-                f"{at_sample * length} tokens of the run "
-                f"are fed; let it end at or after now"
+                f"{at_sample * length} tokens of the run are fed; let it end at or after now"
             )
         if new_end <= at_sample and integer_weights(other.weights) != integer_weights(phase.weights):
             raise DataError(

@@ -49,13 +49,11 @@ class Block(NamedTuple):
 class Encoder:
     """Encodes blocks in order, a bounded number of them ahead of the consumer.
 
-        with Encoder("tok.model", model, "text", (), workers=8) as encoder:
-            for block in encoder.encode(reader): ...
+    with Encoder("tok.model", model, "text", (), workers=8) as encoder:
+        for block in encoder.encode(reader): ...
     """
 
-    def __init__(
-        self, path: str, model: Tokenizer, text_key: str, filters: Sequence[Filter], workers: int
-    ) -> None:
+    def __init__(self, path: str, model: Tokenizer, text_key: str, filters: Sequence[Filter], workers: int) -> None:
         self.settings = (path, text_key, tuple(filters))
         self.workers = workers
         _start_worker(*self.settings, model=model)
@@ -113,9 +111,7 @@ def _start_process(parent: int, path: str, text_key: str, filters: Sequence[Filt
     _start_worker(path, text_key, filters)
 
 
-def _start_worker(
-    path: str, text_key: str, filters: Sequence[Filter], model: Tokenizer | None = None
-) -> None:
+def _start_worker(path: str, text_key: str, filters: Sequence[Filter], model: Tokenizer | None = None) -> None:
     model = model or _worker.get("model") or load_tokenizer(path)  # a forked process has it already
     _worker.update(model=model, text_key=text_key, filters=filters, dtype=dtype_for(model.vocab_size))
 
@@ -135,8 +131,7 @@ def _encode_block(block: list[RawDocument]) -> Block:
         start += len(ids) + 1
     if len(flat) and not 0 <= flat.min() <= flat.max() < model.vocab_size:
         raise DataError(
-            f"the tokenizer gave id {flat.max()}, outside its own vocabulary of "
-            f"{model.vocab_size}; it is damaged"
+            f"the tokenizer gave id {flat.max()}, outside its own vocabulary of {model.vocab_size}; it is damaged"
         )
     texts = [text.encode("utf-8") for text in good]
     hashes = np.empty((len(texts), 2), np.uint64)

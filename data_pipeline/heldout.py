@@ -45,14 +45,11 @@ class HeldOut:
     def _window(self, number: int) -> np.ndarray:
         for shard, count in self._windows:
             if number < count:
-                tokens = shard.tokens(number * self.sequence_length, self.sequence_length + 1).astype(
-                    np.int64
-                )
+                tokens = shard.tokens(number * self.sequence_length, self.sequence_length + 1).astype(np.int64)
                 if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
                     raise DataError(
                         f"source {self.name!r}: {shard.prefix}.bin holds token id {tokens.max()} "
-                        "but the vocabulary has "
-                        f"{self.vocab_size} ids; prepare it with the tokenizer of this mixture"
+                        f"but the vocabulary has {self.vocab_size} ids; prepare it with the tokenizer of this mixture"
                     )
                 return tokens
             number -= count

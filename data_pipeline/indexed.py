@@ -108,23 +108,18 @@ class IndexedReader:
 
     def _read_header(self, header: bytes, index: str, size: int) -> None:
         if len(header) < _HEADER.size or header[:9] != MAGIC:
-            raise DamagedDataError(
-                f"{index}: is not a Megatron .idx file (wrong first bytes); prepare it again"
-            )
+            raise DamagedDataError(f"{index}: is not a Megatron .idx file (wrong first bytes); prepare it again")
         _, version, code, self.num_sequences, entries = _HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
             raise DamagedDataError(
-                f"{index}: has version {version} and dtype code {code}; known are version 1 and "
-                f"{sorted(DTYPES)}"
+                f"{index}: has version {version} and dtype code {code}; known are version 1 and {sorted(DTYPES)}"
             )
         self.dtype = np.dtype(DTYPES[code])
         self.num_documents = max(entries - 1, 0)
         expected = _HEADER.size + self.num_sequences * 12 + entries * 8
         # Files with a mode for each sequence (multimodal data) are longer by one byte a sequence.
         if size not in (expected, expected + self.num_sequences):
-            raise DamagedDataError(
-                f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again"
-            )
+            raise DamagedDataError(f"{index}: is {size} bytes long, not {expected}; it was cut short: prepare it again")
 
     def _last_byte(self, index: str) -> int:
         """Where the last sequence ends in the .bin file, from two reads of the index."""
@@ -138,9 +133,7 @@ class IndexedReader:
     def tokens(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the flat stream, read-only: of a local file a view of its mapping."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise IndexError(
-                f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}"
-            )
+            raise IndexError(f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}")
         if self._tokens is None:
             if not self.num_tokens:
                 return np.empty(0, self.dtype)
@@ -263,9 +256,7 @@ class IndexedWriter:
         if int(lengths.sum()) != len(ids):
             raise ValueError(f"lengths add up to {int(lengths.sum())}, not to {len(ids)}")
         if len(ids) and (int(ids.min()) < self._limits.min or int(ids.max()) > self._limits.max):
-            raise DataError(
-                f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary"
-            )
+            raise DataError(f"token id {int(ids.max())} does not fit in {self.dtype}; use int32 for this vocabulary")
         if len(lengths) and lengths.max() > _LARGEST_DOCUMENT:
             raise DataError(
                 f"a document of {lengths.max()} tokens is longer than the format allows (2^31 - 1); split it"

@@ -127,8 +127,7 @@ class Ledger:
 
         if not 0 <= at_sample <= self.num_samples:
             raise DataError(
-                f"sample {at_sample} is outside this run's 0..{self.num_samples}; resume from one "
-                "of its checkpoints"
+                f"sample {at_sample} is outside this run's 0..{self.num_samples}; resume from one of its checkpoints"
             )
         facts = _facts(mixture, sources)
         if at_sample == 0:
@@ -145,9 +144,7 @@ class Ledger:
             return self
         past = tuple(segment for segment in self.segments if segment.first_sample < at_sample)
         cursors = self.cursors(at_sample)
-        ledger = Ledger(past, self.sources, self.tokenizer or tokenizer)._extended(
-            mixture, at_sample, cursors, facts
-        )
+        ledger = Ledger(past, self.sources, self.tokenizer or tokenizer)._extended(mixture, at_sample, cursors, facts)
         ledger._check_epochs(mixture)
         return ledger
 
@@ -187,8 +184,7 @@ class Ledger:
         if not segments:
             raise DataError(
                 f"the mixture's phases add up to {mixture.num_tokens} tokens, less than one "
-                f"sequence of {mixture.sequence_length}; "
-                f"raise their tokens"
+                f"sequence of {mixture.sequence_length}; raise their tokens"
             )
         if segments[-1].mixture is not mixture:  # nothing lies ahead: the past remains as it was
             segments[-1] = replace(segments[-1], mixture=mixture)
@@ -198,9 +194,7 @@ class Ledger:
         """Where the assignment of a segment at `first` counts from: on, in a phase whose weights stay."""
         if begin < first and self.segments:
             before = self.segments[-1]
-            if before.phase == phase.name and integer_weights(before.config.weights) == integer_weights(
-                phase.weights
-            ):
+            if before.phase == phase.name and integer_weights(before.config.weights) == integer_weights(phase.weights):
                 return before.origin
         return first
 
@@ -215,8 +209,7 @@ class Ledger:
                 f"source {name!r} would be read {read[name] / windows:.2f} times but its "
                 f"max_epochs is {source.max_epochs:g}: the "
                 f"phases ask for {format_count(read[name] * length)} tokens of its "
-                f"{format_count(windows * length)}; lower its "
-                f"weights or raise max_epochs"
+                f"{format_count(windows * length)}; lower its weights or raise max_epochs"
             )
 
     # --- asking
@@ -285,9 +278,7 @@ class Ledger:
             segment = self.segments[index]
             before = segment.assignment.counts(segment.first_sample - segment.origin)
             names = np.array([self.names.index(name) for name in segment.assignment.names], np.int64)
-            cursors = np.array(
-                [segment.cursors[name] - before[name] for name in segment.assignment.names], np.int64
-            )
+            cursors = np.array([segment.cursors[name] - before[name] for name in segment.assignment.names], np.int64)
             self._tables[index] = names, cursors
         return self._tables[index]
 
@@ -415,10 +406,7 @@ def _segment(item: Mapping[str, Any]) -> Segment:
 
 
 def _facts(mixture: MixtureConfig, sources: Mapping[str, SourceLike]) -> dict[str, SourceFacts]:
-    return {
-        name: SourceFacts(sources[name].num_tokens, sources[name].fingerprint)
-        for name in sorted(mixture.sources)
-    }
+    return {name: SourceFacts(sources[name].num_tokens, sources[name].fingerprint) for name in sorted(mixture.sources)}
 
 
 def _merged(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -58,9 +58,7 @@ class Loader:
         self.stream, self.first_sample = stream, first_sample
         self.micro_batch_size, self.data_rank, self.data_size = micro_batch_size, data_rank, data_size
         self.last_sample = stream.num_samples if last_sample is None else min(last_sample, stream.num_samples)
-        self._size = (
-            global_batch_size if callable(global_batch_size) else lambda _, size=global_batch_size: size
-        )
+        self._size = global_batch_size if callable(global_batch_size) else lambda _, size=global_batch_size: size
         self.batch_size_at(first_sample)  # a size that does not divide is an error here, not in the thread
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, read_ahead))
         self._closed = threading.Event()
@@ -73,8 +71,7 @@ class Loader:
         if size <= 0 or size % unit:
             raise DataError(
                 f"global_batch_size {size} does not divide into micro-batches of "
-                f"{self.micro_batch_size} on {self.data_size} "
-                f"data-parallel ranks; take a multiple of {unit}"
+                f"{self.micro_batch_size} on {self.data_size} data-parallel ranks; take a multiple of {unit}"
             )
         return size
 

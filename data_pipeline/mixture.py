@@ -117,9 +117,7 @@ class MixtureConfig(_Part):
         if isinstance(data.get("tokenizer"), str):
             data["tokenizer"] = absolute(data["tokenizer"], base)
         if isinstance(data.get("sources"), dict):
-            data["sources"] = {
-                name: _resolved_source(source, base) for name, source in data["sources"].items()
-            }
+            data["sources"] = {name: _resolved_source(source, base) for name, source in data["sources"].items()}
         return data
 
     @model_validator(mode="after")
@@ -164,8 +162,7 @@ class MixtureConfig(_Part):
             if not rest and fixed != self.total_tokens:
                 yield (
                     ("total_tokens",),
-                    f"is {self.total_tokens} but the phases add up to {fixed}; correct one, or let "
-                    "a phase take 'rest'",
+                    f"is {self.total_tokens} but the phases add up to {fixed}; correct one, or let a phase take 'rest'",
                 )
 
     def _with_rest(self) -> MixtureConfig | None:
@@ -175,9 +172,7 @@ class MixtureConfig(_Part):
         tokens = self.total_tokens - sum(phase.tokens for phase in self.phases if phase.tokens != "rest")
         phases = list(self.phases)
         phases[rest[0]] = phases[rest[0]].model_copy(update={"tokens": tokens})
-        object.__setattr__(
-            self, "phases", phases
-        )  # the model is frozen for its users, not yet for its own validator
+        object.__setattr__(self, "phases", phases)  # the model is frozen for its users, not yet for its own validator
         return self
 
     @property
@@ -213,8 +208,7 @@ class MixtureConfig(_Part):
         )
         if doubles:
             raise DataError(
-                f"source {name!r}: {min(doubles)} comes twice; weights, not repeated paths, say "
-                "how much is read"
+                f"source {name!r}: {min(doubles)} comes twice; weights, not repeated paths, say how much is read"
             )
         return prefixes
 
@@ -260,6 +254,4 @@ def check_mixture(document: Document, base: str | os.PathLike[str] = ".") -> Mix
 def _resolved_source(source: Any, base: str) -> Any:
     if not isinstance(source, dict) or not isinstance(source.get("paths"), list):
         return source
-    return source | {
-        "paths": [absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]
-    }
+    return source | {"paths": [absolute(path, base) if isinstance(path, str) else path for path in source["paths"]]}

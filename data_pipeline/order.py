@@ -100,9 +100,7 @@ def windows(
         chunk_keys, within_keys = _epoch_key(keys, _CHUNKS, epochs), _epoch_key(keys, _WITHIN, epochs)
         walking = np.arange(len(p))
         while len(walking):
-            p[walking] = _place(
-                p[walking], counts[walking], chunk_keys[walking], within_keys[walking], sequence_length
-            )
+            p[walking] = _place(p[walking], counts[walking], chunk_keys[walking], within_keys[walking], sequence_length)
             walking = walking[p[walking] >= counts[walking]]
     return p.astype(np.int64)
 

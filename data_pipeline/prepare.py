@@ -57,13 +57,10 @@ class PrepareReport:
         """A few lines for people."""
         rate = f"{format_count(self.train.tokens / max(self.seconds, 1e-9), 1)} tokens/s"
         lines = [
-            f"{self.prefix}: {self.train.documents:,} documents, {format_count(self.train.tokens)} "
-            f"tokens ({rate})"
+            f"{self.prefix}: {self.train.documents:,} documents, {format_count(self.train.tokens)} tokens ({rate})"
         ]
         if self.heldout is not None:
-            lines.append(
-                f"held out: {self.heldout.documents:,} documents, {format_count(self.heldout.tokens)} tokens"
-            )
+            lines.append(f"held out: {self.heldout.documents:,} documents, {format_count(self.heldout.tokens)} tokens")
         if self.filtered:
             lines.append(f"filtered out: {self.filtered:,} documents")
         if self.duplicates:
@@ -114,7 +111,9 @@ def prepare(
     """
     prefix, conditions = prefix_of(out), parse_filters(filters)
     if not os.path.basename(prefix):
-        raise DataError(f"--out {os.fspath(out)} is a folder; add a name for the corpus, such as {os.path.join(prefix, 'web')}")
+        raise DataError(
+            f"--out {os.fspath(out)} is a folder; add a name for the corpus, such as {os.path.join(prefix, 'web')}"
+        )
     _check(holdout, workers, dedup, shuffle_seed, shard_tokens)
     files = find_inputs(inputs)
     if conditions and any(file.endswith(".txt") for file in files):
@@ -177,9 +176,7 @@ def _unwritable(prefix: str, error: OSError) -> DataError:
     return DataError(f"{prefix}: cannot be written ({reason}); make room or check the path, and start again")
 
 
-def _check(
-    holdout: float, workers: int, dedup: bool, shuffle_seed: int | None, shard_tokens: int | None
-) -> None:
+def _check(holdout: float, workers: int, dedup: bool, shuffle_seed: int | None, shard_tokens: int | None) -> None:
     if not 0 <= holdout <= 0.5:
         raise DataError(f"holdout {holdout} is not a part of the documents; give a number from 0 to 0.5")
     if workers < 1:
@@ -229,9 +226,7 @@ def _fill(
 
 def _check_bad(spool: Spool, max_bad: int | None) -> None:
     if max_bad is not None and sum(spool.bad.values()) > max_bad:
-        raise DataError(
-            f"{spool.examples[-1]}; more than {max_bad} bad documents; mend the input or raise --max-bad"
-        )
+        raise DataError(f"{spool.examples[-1]}; more than {max_bad} bad documents; mend the input or raise --max-bad")
 
 
 def _why(spool: Spool) -> str:
@@ -240,9 +235,7 @@ def _why(spool: Spool) -> str:
     return ", ".join(reasons) or "they are empty"
 
 
-def _assemble(
-    prefix: str, spool: Spool, model: Tokenizer, options: dict[str, Any], command: str
-) -> PrepareReport:
+def _assemble(prefix: str, spool: Spool, model: Tokenizer, options: dict[str, Any], command: str) -> PrepareReport:
     """The second step: the spool's documents into shards."""
     with Corpus(
         prefix,

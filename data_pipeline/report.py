@@ -43,9 +43,7 @@ def mix_table(ledger: Ledger, position: int | None = None) -> dict[str, Any]:
         )
         for row in part:
             row["weight"] = weights[name].get(row["source"], 0.0)
-        phases.append(
-            {"name": name, "samples": _sum(part, "samples"), "tokens": _sum(part, "tokens"), "sources": part}
-        )
+        phases.append({"name": name, "samples": _sum(part, "samples"), "tokens": _sum(part, "tokens"), "sources": part})
     table = {
         "sequence_length": ledger.sequence_length,
         "seed": ledger.mixture.seed,
@@ -80,9 +78,7 @@ def _segment(ledger: Ledger, number: int) -> dict[str, Any]:
     }
 
 
-def _rows(
-    ledger: Ledger, rows: Iterable[Consumption], fed: Iterable[Consumption] | None
-) -> list[dict[str, Any]]:
+def _rows(ledger: Ledger, rows: Iterable[Consumption], fed: Iterable[Consumption] | None) -> list[dict[str, Any]]:
     samples, done = _by_source(rows), None if fed is None else _by_source(fed)
     names = [*ledger.mixture.sources, *sorted(set(samples) - set(ledger.mixture.sources))]
     total = sum(samples.values())
@@ -96,9 +92,7 @@ def _rows(
             "share": samples[name] / total if total else 0.0,
         }
         if done is not None:
-            row |= {
-                f"consumed_{key}": value for key, value in _amounts(ledger, name, done.get(name, 0)).items()
-            }
+            row |= {f"consumed_{key}": value for key, value in _amounts(ledger, name, done.get(name, 0)).items()}
         table.append(row)
     return table
 
@@ -153,11 +147,7 @@ def render_mix(table: dict[str, Any]) -> list[Table]:
 
 def _rendered(title: str, rows: list[dict[str, Any]], history: bool) -> Table:
     weighted = any("weight" in row for row in rows)
-    columns = (
-        ["weight"] * weighted
-        + ["tokens", "share", "epochs"]
-        + ["consumed", "epochs so far", "to come"] * history
-    )
+    columns = ["weight"] * weighted + ["tokens", "share", "epochs"] + ["consumed", "epochs so far", "to come"] * history
     result = _table(title, "source", *columns)
     for row in rows:
         cells = [f"{row['weight']:.4f}"] if weighted else []

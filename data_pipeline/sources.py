@@ -337,9 +337,7 @@ def _check_manifest(
     path = shard.prefix + ".bin"
     recorded = manifest_file(manifest, path)
     if recorded is None:
-        raise DataError(
-            f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again"
-        )
+        raise DataError(f"source {name!r}: {shard.prefix}.manifest.json says nothing of {path}; prepare it again")
     _check_size(path, shard.num_tokens * shard.dtype.itemsize, recorded)
     if manifest.get("dtype") not in (None, str(shard.dtype)):
         raise DamagedDataError(

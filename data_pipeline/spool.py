@@ -34,9 +34,7 @@ _STEP = 1 << 18  # records that are looked at together
 EXAMPLES = 100  # bad documents that are named
 _STATE_VERSION = 1
 
-RECORD = np.dtype(
-    [("key", "<u8"), ("hash", "<u8", (2,)), ("length", "<i8"), ("text_bytes", "<i8")]
-)
+RECORD = np.dtype([("key", "<u8"), ("hash", "<u8", (2,)), ("length", "<i8"), ("text_bytes", "<i8")])
 """A document: its place in the order, the hashes of its text, its tokens, the bytes of its text."""
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -144,8 +142,7 @@ class Spool:
             self.bad[reason] += 1
             if max_bad is not None and sum(self.bad.values()) > max_bad:
                 raise DataError(
-                    f"{place(file, line, reason)}; more than {max_bad} bad documents; "
-                    "mend the input or raise --max-bad"
+                    f"{place(file, line, reason)}; more than {max_bad} bad documents; mend the input or raise --max-bad"
                 )
             if len(self.examples) < EXAMPLES:
                 self.examples.append(place(file, line, reason))

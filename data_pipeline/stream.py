@@ -58,17 +58,14 @@ class SampleStream:
                 source.fingerprint,
             ):
                 raise DataError(
-                    f"source {name!r} is not the one that the ledger records; resume the ledger "
-                    "with the mixture in use"
+                    f"source {name!r} is not the one that the ledger records; resume the ledger with the mixture in use"
                 )
 
     def locate(self, n: int) -> Location:
         """Phase, source, epoch and window of sample `n`."""
         place = self.ledger.locate(np.array([n]))
         phase = self.ledger.segments[int(place.segment[0])].phase
-        return Location(
-            phase, self.ledger.names[int(place.source[0])], int(place.epoch[0]), int(place.window[0])
-        )
+        return Location(phase, self.ledger.names[int(place.source[0])], int(place.epoch[0]), int(place.window[0]))
 
     def locate_many(self, n: Sequence[int] | np.ndarray) -> list[Location]:
         """`locate` of each of `n`, at once."""
@@ -128,8 +125,7 @@ class SampleStream:
     def _opened(self, name: str) -> Source:
         if name not in self.sources:
             raise DataError(
-                f"source {name!r} feeds this sample but is not in the mixture any more; add it to "
-                "read the past again"
+                f"source {name!r} feeds this sample but is not in the mixture any more; add it to read the past again"
             )
         return self.sources[name]
 

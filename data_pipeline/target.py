@@ -26,5 +26,7 @@ def check_target(path: str | os.PathLike[str], name: str, *, folder: bool = Fals
         with tempfile.TemporaryFile(dir=target if folder and target.is_dir() else target.parent):
             pass
     except OSError as error:
-        raise DataError(f"{name} {path} cannot be written ({error.strerror}); make room or choose another place") from None
+        raise DataError(
+            f"{name} {path} cannot be written ({error.strerror}); make room or choose another place"
+        ) from None
     return target

@@ -55,8 +55,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in the file `path`: sentencepiece (``.model``) or Hugging Face (``.json``)."""
     if not Path(path).is_file():
         raise DataError(
-            f"tokenizer {path}: there is no such file; check the path, or train one with "
-            "`moe-train tokenizer train`"
+            f"tokenizer {path}: there is no such file; check the path, or train one with `moe-train tokenizer train`"
         )
     return HuggingFaceTokenizer(path) if str(path).endswith(".json") else SentencePieceTokenizer(path)
 
@@ -102,23 +101,17 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise DataError(
-                f"tokenizer {path}: needs the package tokenizers; pip install tokenizers"
-            ) from None
+            raise DataError(f"tokenizer {path}: needs the package tokenizers; pip install tokenizers") from None
         self.path = str(path)
         try:
             self._model = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                f"tokenizer {path}: is not a tokenizer.json ({str(error).splitlines()[0]})"
-            ) from None
+            raise DataError(f"tokenizer {path}: is not a tokenizer.json ({str(error).splitlines()[0]})") from None
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         ends = [self._model.token_to_id(token) for token in self.END_TOKENS]
         known = [end for end in ends if end is not None]
         if not known:
-            raise DataError(
-                f"tokenizer {path}: has none of the end tokens {', '.join(self.END_TOKENS)}; add one"
-            )
+            raise DataError(f"tokenizer {path}: has none of the end tokens {', '.join(self.END_TOKENS)}; add one")
         self.eos_id = known[0]
 
     def encode(self, text: str) -> list[int]:
@@ -162,8 +155,7 @@ def train_tokenizer(
         raise DataError(f"{target} is there already, and corpora may need it; choose another --out, or remove it")
     if vocab_size < 300:
         raise DataError(
-            f"vocab_size {vocab_size} is too small; 256 bytes, 3 special ids and some characters "
-            "need at least 300"
+            f"vocab_size {vocab_size} is too small; 256 bytes, 3 special ids and some characters need at least 300"
         )
     model = io.BytesIO()
     try:
@@ -194,9 +186,7 @@ def train_tokenizer(
                 f"vocab_size {vocab_size} is too large for this text; at most {limit}, or give more text"
             ) from None
         if "Vocabulary size is smaller" in reason or "too small" in reason:
-            raise DataError(
-                f"vocab_size {vocab_size} is too small for the characters of this text; raise it"
-            ) from None
+            raise DataError(f"vocab_size {vocab_size} is too small for the characters of this text; raise it") from None
         raise DataError(f"sentencepiece could not train on this text ({reason}); check the inputs") from None
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(model.getvalue())

@@ -41,11 +41,7 @@ def _parse_text(text: str) -> Fraction:
         raise DataError(f"{text!r} is not a count; write a whole number such as 5000000, 500K or 1.25T")
     number, exponent, unit = match.groups()
     if unit not in UNITS:
-        hint = (
-            f"write {unit.upper()}"
-            if unit.upper() in UNITS
-            else "the units are K, M, B and T (powers of 1000)"
-        )
+        hint = f"write {unit.upper()}" if unit.upper() in UNITS else "the units are K, M, B and T (powers of 1000)"
         raise DataError(f"{text!r} has the unknown unit {unit!r}; {hint}")
     return Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * UNITS[unit]
 

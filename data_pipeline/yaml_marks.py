@@ -81,9 +81,7 @@ class Document:
     def error(self, path: Iterable[str | int], message: str) -> YamlError:
         """An error about `path`, ready to raise: ``file:line: a.b: message``."""
         keys = tuple(path)
-        return YamlError(
-            f"{self.mark(keys)}: {dotted(keys)}: {message}" if keys else f"{self.mark(keys)}: {message}"
-        )
+        return YamlError(f"{self.mark(keys)}: {dotted(keys)}: {message}" if keys else f"{self.mark(keys)}: {message}")
 
     def set(self, path: KeyPath, other: Document) -> None:
         """Put `other` with its marks at `path` (parents are made): a section's own file, or an override."""
@@ -119,9 +117,7 @@ def _child(parent: Any, key: str | int, path: KeyPath, other: Document) -> Any:
     try:
         return parent[key]
     except (KeyError, IndexError, TypeError):
-        raise other.error(
-            path, f"there is no {key!r} to set in {type(parent).__name__}; check the path"
-        ) from None
+        raise other.error(path, f"there is no {key!r} to set in {type(parent).__name__}; check the path") from None
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -176,9 +172,7 @@ def parse_yaml(text: str, file: str, env: Mapping[str, str] | None = None, *, li
         place = Mark(file, mark.line + 1 if mark and lines else 0)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
         problem = " ".join(_CARRIED.sub(r"${\1}", problem).split())
-        raise YamlError(
-            f"{place}: is not valid YAML: {problem}; check indentation, colons and quotes here"
-        ) from None
+        raise YamlError(f"{place}: is not valid YAML: {problem}; check indentation, colons and quotes here") from None
     data = None if node is None else builder.build(node, (), ())
     builder.marks.setdefault((), Mark(file, 1 if lines else 0))
     return Document(data, builder.marks)
@@ -244,9 +238,7 @@ class _Builder:
         def value(match: re.Match[str]) -> str:
             name = match.group(1)
             if name not in self.env:
-                message = (
-                    f"the environment variable {name} is not set; export {name}=... or write the value here"
-                )
+                message = f"the environment variable {name} is not set; export {name}=... or write the value here"
                 raise self._error(node, path, message)
             return self.env[name]
 
@@ -257,14 +249,11 @@ class _Builder:
 
     def _error(self, node: yaml.Node, path: KeyPath, message: str) -> YamlError:
         place = dotted(path)
-        return YamlError(
-            f"{self._mark(node)}: {place}: {message}" if place else f"{self._mark(node)}: {message}"
-        )
+        return YamlError(f"{self._mark(node)}: {place}: {message}" if place else f"{self._mark(node)}: {message}")
 
 
 _PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{name}"
-    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 }
 
 
@@ -288,18 +277,14 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
 
     A misspelt key comes before the missing one that it was meant to be.
     """
-    problems = sorted(
-        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
-    )
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     path = _path_in_data(first["loc"], document.data, missing=first["type"] == "missing")
     path += getattr(first.get("ctx", {}).get("error"), "path", ())
     if first["type"] == "union_tag_invalid":  # the key that tells which member of a union it is
         path += (first["ctx"]["discriminator"].strip("'"),)
     line = str(document.error(path, _message(first, path, model)))
-    others = len(
-        {_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path}
-    )
+    others = len({_path_in_data(p["loc"], document.data, p["type"] == "missing") for p in problems[1:]} - {path})
     return f"{line} (and {others} more)" if others else line
 
 
@@ -321,20 +306,14 @@ def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) 
     if kind == "union_tag_invalid":
         got, text, kind = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace(", ", " or "), "literal_error"
     if kind == "literal_error":
-        near = (
-            nearest(got, [str(w).strip("'") for w in re.findall(r"'[^']*'", text)])
-            if isinstance(got, str)
-            else None
-        )
+        near = nearest(got, [str(w).strip("'") for w in re.findall(r"'[^']*'", text)]) if isinstance(got, str) else None
         text += f" (did you mean {near!r}?)" if near else ""
     text = text.replace("a valid integer", "an integer").replace("a valid ", "a ")
     return f"{_short(got)} is not accepted; it should be {text}"
 
 
 def _short(value: Any) -> str:
-    text = (
-        "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
-    )
+    text = "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -352,9 +331,7 @@ def _path_in_data(loc: Iterable[str | int], data: Any, missing: bool) -> KeyPath
     return tuple(path)
 
 
-def known_keys(
-    model: type[BaseModel], path: Iterable[str | int] = (), loc: Iterable[str | int] = ()
-) -> list[str]:
+def known_keys(model: type[BaseModel], path: Iterable[str | int] = (), loc: Iterable[str | int] = ()) -> list[str]:
     """The keys that may stand under `path` in a document of `model`; empty where any key may. pydantic's `loc`
     tells which members of unions are meant."""
     kinds: list[Any] = [model]
@@ -371,9 +348,7 @@ def _inside(kind: Any, key: str | int) -> list[Any]:
         found = [info.annotation for name, info in kind.model_fields.items() if key in (name, info.alias)]
         return [member for annotation in found for member in _members(annotation)]
     arguments = get_args(kind)
-    if get_origin(kind) is dict or (
-        isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)
-    ):
+    if get_origin(kind) is dict or (isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)):
         return _members(arguments[1])
     return [member for argument in arguments if argument is not Ellipsis for member in _members(argument)]
 

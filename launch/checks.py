@@ -1,4 +1,5 @@
-"""What can be checked before a node is allocated: the run itself, its files seen through the mounts, the disk, the folder."""
+"""What can be checked before a node is allocated: the run itself, its files seen through the mounts, the disk, the
+folder."""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ class ClusterConfig(Section):
     modules: list[Word] = []
     venv: AbsolutePath | None = None
     python: Line | None = None
-    """The interpreter; null: ``python`` in a container, a virtual environment or with modules, else the one that submits."""
+    """The interpreter; null: ``python`` in a container, a virtual environment or with modules, else the one that
+    submits."""
     setup: list[Line] = []
     """Lines of shell that the batch script runs before the ranks."""
     env: dict[str, str] = {}
@@ -160,7 +161,8 @@ class ClusterConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _plain_values(cls, data: object) -> object:
-        """Variables are text, and ``CUDA_DEVICE_MAX_CONNECTIONS: 1`` is how everybody writes them; so is ``memory: 0``."""
+        """Variables are text, and ``CUDA_DEVICE_MAX_CONNECTIONS: 1`` is how everybody writes them; so is ``memory:
+        0``."""
         if isinstance(data, dict):
             data = dict(data)
             if isinstance(data.get("env"), dict):
@@ -175,12 +177,16 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ClusterConfig:
         if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
-            message = f"{self.tasks_per_node} is not gpus_per_node {self.gpus_per_node}: a rank has one GPU; leave it out"
+            message = (
+                f"{self.tasks_per_node} is not gpus_per_node {self.gpus_per_node}: a rank has one GPU; leave it out"
+            )
             raise PlacedError(("tasks_per_node",), message)
         if self.gpu_type and not self.gpus_per_node:
             raise PlacedError(("gpu_type",), "needs gpus_per_node; give both or neither")
         if self.container and self.venv:
-            raise PlacedError(("venv",), "is not seen inside a container; install into the image, or leave container out")
+            raise PlacedError(
+                ("venv",), "is not seen inside a container; install into the image, or leave container out"
+            )
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, List, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -17,7 +17,7 @@ app = typer.Typer(
 OVERRIDES = {"ignore_unknown_options": True}
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
-Overrides = Annotated[Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")]
 
 
@@ -27,8 +27,12 @@ def slurm(
     overrides: Overrides = None,
     nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes, instead of launch.nodes.")] = None,
     time: Annotated[Optional[str], typer.Option(metavar="T", help="Time limit, such as 12h or 2-00:00:00.")] = None,
-    chain: Annotated[int, typer.Option(min=1, metavar="N", help="Jobs in a row; each goes on where the last stopped.")] = 1,
-    spares: Annotated[int, typer.Option(min=0, metavar="N", help="Nodes beyond those, for when some turn out unfit.")] = 0,
+    chain: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Jobs in a row; each goes on where the last stopped.")
+    ] = 1,
+    spares: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Nodes beyond those, for when some turn out unfit.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
 ) -> None:
     """Check a run and submit it to Slurm.
@@ -69,16 +73,23 @@ def hostfile(
     hosts: Annotated[str, typer.Argument(metavar="HOSTFILE", help="Machines, a line each: name slots=8.")],
     run: RunFile,
     overrides: Overrides = None,
-    nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Machines to use; the others are spare ones.")] = None,
-    nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes on each, instead of slots.")] = None,
-    rsh: Annotated[str, typer.Option(metavar="COMMAND", help="Gets a host and a command line, and hands stdin on.")] = "ssh",
+    nodes: Annotated[
+        Optional[int], typer.Option(min=1, metavar="N", help="Machines to use; the others are spare ones.")
+    ] = None,
+    nproc: Annotated[
+        Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes on each, instead of slots.")
+    ] = None,
+    rsh: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Gets a host and a command line, and hands stdin on.")
+    ] = "ssh",
     max_restarts: Annotated[
         Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
     ] = None,
 ) -> Optional[int]:
     """Train on machines that a hostfile names.
 
-    And start again after failures. They share the disk, see this folder under the same path, and let you in without a password.
+    And start again after failures. They share the disk, see this folder under the same path, and let you in without a
+    password.
 
     \b
     moe-train launch hostfile hosts.txt run.yaml
@@ -97,7 +108,8 @@ def status(
 ) -> None:
     """Show state, progress, speed and restarts.
 
-    With their reasons, the expected end and the cost. Works from the run's folder alone, also when Slurm has forgotten the job.
+    With their reasons, the expected end and the cost. Works from the run's folder alone, also when Slurm has forgotten
+    the job.
 
     \b
     moe-train launch status runs/jetmoe_8b --watch

@@ -10,7 +10,18 @@ from pathlib import Path
 from moe_train.errors import HardwareError, UserError
 
 TIMEOUT_SECONDS = 60
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "STOPPED")
+LIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESIZING",
+    "STOPPED",
+)
 
 
 def available() -> bool:
@@ -26,7 +37,9 @@ def test_only(script: str) -> str:
     done = _call(["sbatch", "--test-only"], script)
     said = _said(done.stderr)
     if done.returncode:
-        raise UserError(f"Slurm refuses the job: {said}; correct the cluster file, --nodes or --time (sinfo shows what there is)")
+        raise UserError(
+            f"Slurm refuses the job: {said}; correct the cluster file, --nodes or --time (sinfo shows what there is)"
+        )
     return said
 
 

@@ -1,7 +1,7 @@
 """One machine's ranks of a run that `moe-train launch hostfile` starts. What that one says comes on stdin.
 
-``stop``: the ranks save and end. ``kill``: they end. The end of stdin (the connection has gone, or the launcher): they save,
-and are killed if that takes too long: nothing is left behind on a machine that nobody looks after.
+``stop``: the ranks save and end. ``kill``: they end. The end of stdin (the connection has gone, or the launcher): they
+save, and are killed if that takes too long: nothing is left behind on a machine that nobody looks after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""``moe-train launch hostfile``: a run on machines that a hostfile names, by ssh or whatever takes a host and a command."""
+"""``moe-train launch hostfile``: a run on machines that a hostfile names, by ssh or whatever takes a host and a
+command."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ SETTLE_SECONDS = 5.0
 
 
 class Hosts:
-    """One start: `launch.host` on each machine, which starts that one's ranks and ends them when it is told to, or cut off."""
+    """One start: `launch.host` on each machine, which starts that one's ranks and ends them when it is told to, or cut
+    off."""
 
     def __init__(self, commands: dict[str, list[str]]):
         self._failed_at: float | None = None

@@ -31,7 +31,8 @@ class Host:
 
 
 def read_hostfile(path: str, ranks: int | None) -> list[Host]:
-    """The machines of a hostfile, a line each: ``name`` or ``name slots=8`` (as DeepSpeed has it), ``node[01-12]`` for many, ``#`` for remarks.
+    """The machines of a hostfile, a line each: ``name`` or ``name slots=8`` (as DeepSpeed has it), ``node[01-12]`` for
+    many, ``#`` for remarks.
 
     Args:
         ranks: of machines whose line has no slots; None: every line must say.

@@ -63,7 +63,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The job's name. Slurm runs jobs of one name one after another in a chain, so a chain's tells its folder from others."""
+        """The job's name. Slurm runs jobs of one name one after another in a chain, so a chain's tells its folder from
+        others."""
         name = re.sub(r"[^A-Za-z0-9_.+-]", "_", self.run_dir.name) or "run"
         return name if self.chain == 1 else f"{name}-{zlib.crc32(os.fsencode(self.run_dir)):08x}"
 
@@ -146,7 +147,10 @@ def load_job(
         raise UserError(f"{run}: launch.time is not set, or under a minute; add --time 12h")
     config.layout(nodes * cluster.ranks_per_node)
     if spares and cluster.preflight is None:
-        raise UserError(f"--spares {spares}: {config.launch.cluster} has preflight: null, so nobody would know when to use them; remove that line")
+        raise UserError(
+            f"--spares {spares}: {config.launch.cluster} has preflight: null, so nobody would know when to use them; "
+            "remove that line"
+        )
     return Job(
         run_file=run_file,
         overrides=tuple(overrides),

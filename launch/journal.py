@@ -1,10 +1,10 @@
 """What the launcher remembers of a run, in its folder: `launch/`. Readable when Slurm has forgotten the jobs.
 
-    jobs.jsonl      each submission: job (or process of this machine), nodes, time limit, price
-    starts.jsonl    each start and end of the batch script, with status, reason and what came next
-    over.json       why no later job is to start the run again
-    cancel          somebody asked for the end
-    failures        the newest checkpoint's step at each failure
+jobs.jsonl      each submission: job (or process of this machine), nodes, time limit, price
+starts.jsonl    each start and end of the batch script, with status, reason and what came next
+over.json       why no later job is to start the run again
+cancel          somebody asked for the end
+failures        the newest checkpoint's step at each failure
 """
 
 from __future__ import annotations
@@ -58,9 +58,14 @@ class Journal:
         write_atomically(self.folder / "over.json", json.dumps({"code": code, "reason": reason, "job": None}) + "\n")
 
     def launcher(self) -> int | None:
-        """The process of this machine that starts the run again and again (`launch local`, `launch hostfile`), if it is alive."""
+        """The process of this machine that starts the run again and again (`launch local`, `launch hostfile`), if it is
+        alive."""
         last = (self.jobs() or [{}])[-1]
-        if last.get("host") == socket.gethostname() and last.get("born") is not None and born(last["pid"]) == last["born"]:
+        if (
+            last.get("host") == socket.gethostname()
+            and last.get("born") is not None
+            and born(last["pid"]) == last["born"]
+        ):
             return last["pid"]
         return None
 

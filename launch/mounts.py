@@ -31,7 +31,9 @@ def inside(path: str, container: Container | None) -> str:
     found = _moved(path, mounts(container))
     if found is None:
         shown = ", ".join(container.mounts) or "none"
-        raise UserError(f"{path} is not visible in the container; mount its folder in the cluster file (mounts: {shown})")
+        raise UserError(
+            f"{path} is not visible in the container; mount its folder in the cluster file (mounts: {shown})"
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""One node's own part of the preflight: its GPUs, its disks, and its ranks of the test of the network. Needs no torch."""
+"""One node's own part of the preflight: its GPUs, its disks, and its ranks of the test of the network. Needs no
+torch."""
 
 from __future__ import annotations
 

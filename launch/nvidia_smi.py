@@ -1,7 +1,7 @@
 """What nvidia-smi says of a node's GPUs, and what of it a run would die of. Needs no torch.
 
-Fields and units are those of ``nvidia-smi --help-query-gpu`` (csv, noheader, nounits: MiB, degrees). A figure that a GPU or a
-driver does not have reads ``[N/A]`` or ``[Not Supported]`` and is passed over.
+Fields and units are those of ``nvidia-smi --help-query-gpu`` (csv, noheader, nounits: MiB, degrees). A figure that a
+GPU or a driver does not have reads ``[N/A]`` or ``[Not Supported]`` and is passed over.
 """
 
 from __future__ import annotations

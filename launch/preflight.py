@@ -1,15 +1,17 @@
 """Are the nodes of a job fit for it? Asked on each of them before every start.
 
-    MASTER_ADDR=node1 MASTER_PORT=20000 PREFLIGHT_NODES=node1,node2 srun --ntasks-per-node=1 python -m launch.preflight SETTINGS
+    MASTER_ADDR=node1 MASTER_PORT=20000 PREFLIGHT_NODES=node1,node2 srun --ntasks-per-node=1 python -m launch.preflight
+    SETTINGS
 
 One task a node looks at its own machine (`launch.node`) and reports to the first node, over plain sockets: a node that
 is broken, hangs or never comes must not take the judgement with it. The first node compares the clocks, has all fit
-nodes exchange data (`parallel.fabric`), and where that fails or is slow has pairs of neighbours do so, which shows whose
-fault it is. The verdict lies in the notes of the run's launcher:
+nodes exchange data (`parallel.fabric`), and where that fails or is slow has pairs of neighbours do so, which shows
+whose fault it is. The verdict lies in the notes of the run's launcher:
 
     preflight.json      everything that was found
     bad_nodes           names, one a line: to be left out
-    good_nodes          names, one a line: to be used (`wanted` of them); only where there are enough and they exchange data
+    good_nodes          names, one a line: to be used (`wanted` of them); only where there are enough and they exchange
+                        data
 """
 
 from __future__ import annotations
@@ -166,8 +168,8 @@ class Judge:
             self.trouble, self.figures = self._try([fit])[0]
 
     def _locate(self, good: list[str]) -> dict[str, str]:
-        """Whose fault it is that `good` do not exchange data: each alone, then with its neighbours in a ring, and who failed
-        with all of them once more with one that did not."""
+        """Whose fault it is that `good` do not exchange data: each alone, then with its neighbours in a ring, and who
+        failed with all of them once more with one that did not."""
         alone = self._try([[name] for name in good])
         guilty = {name: f"alone: {fault}" for name, (fault, _) in zip(good, alone) if fault is not None}
         ring = [name for name in good if name not in guilty]

@@ -87,7 +87,7 @@ def alerts(job: Job) -> list[str]:
         lines += [
             f"  local text={text}",
             r"""  text=${text//\\/} text=${text//\"/}    # what JSON would want escaped""",
-            f"  curl -fsS -m 20 -H 'Content-Type: application/json' --data \"{{\\\"text\\\": \\\"$text\\\"}}\""
+            f'  curl -fsS -m 20 -H \'Content-Type: application/json\' --data "{{\\"text\\": \\"$text\\"}}"'
             f" {shlex.quote(cluster.alert_webhook)} > /dev/null || true",
         ]
     return lines
@@ -96,7 +96,13 @@ def alerts(job: Job) -> list[str]:
 def check_command(job: Job) -> str:
     """The srun that looks at the run's files as one process on one node."""
     check = ["--dry-run", "--nproc", str(job.ranks)]
-    return _lines(["srun --nodes=1 --ntasks=1", *_container(job), f"{shlex.quote(job.python)} {shlex.join([*job.command(), *check])}"])
+    return _lines(
+        [
+            "srun --nodes=1 --ntasks=1",
+            *_container(job),
+            f"{shlex.quote(job.python)} {shlex.join([*job.command(), *check])}",
+        ]
+    )
 
 
 _PREFLIGHT = """\
@@ -123,7 +129,9 @@ def preflight(job: Job) -> str:
         return ""
     nodes, limit = job.nodes + job.spares, math.ceil(8 * job.cluster.preflight.timeout)
     srun = f"timeout --kill-after=10 {limit} srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
-    return _PREFLIGHT.format(command=_lines([srun, *_container(job), f"{shlex.quote(job.python)} {shlex.join(command)}"]))
+    return _PREFLIGHT.format(
+        command=_lines([srun, *_container(job), f"{shlex.quote(job.python)} {shlex.join(command)}"])
+    )
 
 
 def launch_command(job: Job) -> str:
@@ -135,8 +143,14 @@ def launch_command(job: Job) -> str:
             ' --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$RESTART"'
         )
     tasks = 1 if cluster.launcher == "torchrun" else cluster.ranks_per_node
-    chosen = [f'--nodes={job.nodes} --ntasks={job.nodes * tasks} --nodelist="$(paste -sd, "$NOTES/good_nodes")"'] if job.spares else []
-    return _lines(["srun --kill-on-bad-exit=1 --wait=60", *chosen, *_container(job), f"{python} {shlex.join(job.command())}"], 4)
+    chosen = (
+        [f'--nodes={job.nodes} --ntasks={job.nodes * tasks} --nodelist="$(paste -sd, "$NOTES/good_nodes")"']
+        if job.spares
+        else []
+    )
+    return _lines(
+        ["srun --kill-on-bad-exit=1 --wait=60", *chosen, *_container(job), f"{python} {shlex.join(job.command())}"], 4
+    )
 
 
 def _container(job: Job) -> list[str]:
@@ -176,7 +190,9 @@ def _title(job: Job) -> str:
 
 def _in_directive(path: str) -> str:
     if "\n" in path or '"' in path or "\\" in path:
-        raise UserError(f"output_dir {path!r} cannot stand in a batch script; choose a path without quotes, \\ and line breaks")
+        raise UserError(
+            f"output_dir {path!r} cannot stand in a batch script; choose a path without quotes, \\ and line breaks"
+        )
     return path.replace("%", "%%")
 
 

@@ -26,7 +26,8 @@ def launch(
     spares: int = 0,
     dry_run: bool = False,
 ) -> None:
-    """Submit the run of the file `run` to Slurm: `chain` jobs, one after another, with `spares` nodes more than it needs.
+    """Submit the run of the file `run` to Slurm: `chain` jobs, one after another, with `spares` nodes more than it
+    needs.
 
     With `dry_run` print the script alone, warn on stderr of what is not there, write nothing.
 
@@ -92,7 +93,9 @@ def _tell(job: Job, ids: list[str], when: str) -> None:
     state = last_checkpoint_state(RunFolder(job.run_dir))
     place = f"goes on at step {state['step']}" if state else "starts from the beginning"
     jobs = f"job {ids[0]}" if len(ids) == 1 else f"jobs {', '.join(ids)}, one after another"
-    print(f"submitted {jobs}: {job.nodes} nodes, {job.ranks} ranks, at most {format_time(job.seconds)}; the run {place}")
+    print(
+        f"submitted {jobs}: {job.nodes} nodes, {job.ranks} ranks, at most {format_time(job.seconds)}; the run {place}"
+    )
     print(f"Slurm says: {when}")
     print(f"script    {job.script_path}")
     print(f"watch     moe-train launch status {job.run_dir}")

@@ -46,7 +46,9 @@ def collect(run_dir: str) -> dict[str, Any]:
     over = journal.over()
     launcher = journal.launcher()
     state, reason = _state(over, live, outcome, folder, launcher)
-    job = next((job for job, (name, _) in live.items() if name == "RUNNING"), None) or (jobs[-1]["job"] if jobs else None)
+    job = next((job for job, (name, _) in live.items() if name == "RUNNING"), None) or (
+        jobs[-1]["job"] if jobs else None
+    )
     total = _total_tokens(folder, jobs)
     rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     rate = median(rates) if rates else None
@@ -88,15 +90,25 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("job", ", ".join(f"{job} {state}" for job, state in found["queue"].items()) or found["job"]),
         ("process", found["process"]),
         ("nodes", found["nodes"]),
-        ("progress", f"step {found['step']}, {format_count(tokens)}{share}, phase {found['phase']}" if found["step"] else None),
+        (
+            "progress",
+            f"step {found['step']}, {format_count(tokens)}{share}, phase {found['phase']}" if found["step"] else None,
+        ),
         ("loss", f"{found['loss']:.4f}" if found["loss"] is not None else None),
         ("speed", _speed(found)),
-        ("ends", f"{found['expected_end']} (in {format_time(round(found['seconds_to_go']))})" if found["expected_end"] else None),
+        (
+            "ends",
+            f"{found['expected_end']} (in {format_time(round(found['seconds_to_go']))})"
+            if found["expected_end"]
+            else None,
+        ),
         ("dollars", _cost(found)),
         ("restarts", str(len(found["restarts"]))),
     ]
     text = [f"{name:<10}{value}" for name, value in rows if value is not None]
-    return text + [f"  {each['time'][:19]}  at step {each['saved']}: {each['reason']}" for each in found["restarts"][-10:]]
+    return text + [
+        f"  {each['time'][:19]}  at step {each['saved']}: {each['reason']}" for each in found["restarts"][-10:]
+    ]
 
 
 def _speed(found: dict[str, Any]) -> str | None:
@@ -113,9 +125,13 @@ def _cost(found: dict[str, Any]) -> str | None:
     return f"{found['dollars_so_far']:,.2f} so far{to_go}"
 
 
-def _state(over: dict | None, live: dict, outcome: dict, folder: RunFolder, launcher: int | None) -> tuple[str, str | None]:
+def _state(
+    over: dict | None, live: dict, outcome: dict, folder: RunFolder, launcher: int | None
+) -> tuple[str, str | None]:
     if over is not None:
-        return ("complete", None) if over["code"] == 0 else ("stopped" if over["code"] == 3 else "failed", over["reason"])
+        return (
+            ("complete", None) if over["code"] == 0 else ("stopped" if over["code"] == 3 else "failed", over["reason"])
+        )
     states = {state for state, _ in live.values()}
     if states & {"RUNNING", "COMPLETING"}:
         return "running", None
@@ -148,7 +164,8 @@ def _restarts(starts: list[dict]) -> Iterator[dict[str, Any]]:
 
 
 def _dollars(starts: list[dict], jobs: list[dict], folder: RunFolder, state: str) -> float | None:
-    """Hours of every start at its job's price. A start that was killed counts until the next, or to the last metrics."""
+    """Hours of every start at its job's price. A start that was killed counts until the next, or to the last
+    metrics."""
     prices = {record["job"]: record.get("dollars_per_hour") for record in jobs}
     if not any(price is not None for price in prices.values()):
         return None

@@ -37,7 +37,8 @@ class Start(Protocol):
 
 
 class Supervisor:
-    """Starts a run until it is over. What a start was worth is decided by outcome.json, and by the exit status where there is none.
+    """Starts a run until it is over. What a start was worth is decided by outcome.json, and by the exit status where
+    there is none.
 
     Args:
         config: the run.
@@ -64,7 +65,8 @@ class Supervisor:
         """
         if (other := self.journal.launcher()) is not None:
             raise UserError(
-                f"{self.folder.path} is run by process {other} already; end it with moe-train launch cancel {self.folder.path}"
+                f"{self.folder.path} is run by process {other} already; end it with moe-train launch cancel "
+                f"{self.folder.path}"
             )
         self._submit()
         restart, failures, stuck_at = 0, 0, -1
@@ -146,7 +148,8 @@ class Supervisor:
         tell(f"{self.folder.path.name}: {message}", self.cluster)
 
     def _outcome(self, since: str, status: int) -> dict[str, Any]:
-        """What the run wrote, else what its process ended with (a mistake in a file is told before there is a folder)."""
+        """What the run wrote, else what its process ended with (a mistake in a file is told before there is a
+        folder)."""
         if self.folder.ended_since(since):
             return self.folder.read_outcome()
         if status == 0:  # the run was complete before, and a start of such a one writes nothing
@@ -159,7 +162,8 @@ class Stall:
 
     Args:
         metrics: the file that gets a line a step.
-        seconds: without a line after which it stalls; four times that before the first one, which comes after everything is loaded.
+        seconds: without a line after which it stalls; four times that before the first one, which comes after
+            everything is loaded.
     """
 
     def __init__(self, metrics: Path, seconds: float):

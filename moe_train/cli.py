@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated, List, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -53,9 +53,7 @@ app.add_typer(launch_app, name="launch")
 Nproc = Annotated[
     Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")
 ]
-Overrides = Annotated[
-    Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")
-]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -67,9 +65,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 @app.command(context_settings=OVERRIDES)
 def pretrain(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")
-    ],
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")],
     overrides: Overrides = None,
     nproc: Nproc = None,
     resume: Annotated[
@@ -110,9 +106,7 @@ def branch(
     ],
     new: Annotated[
         str,
-        typer.Argument(
-            metavar="NEW.yaml", help="The run file of the new run, with an output_dir of its own."
-        ),
+        typer.Argument(metavar="NEW.yaml", help="The run file of the new run, with an output_dir of its own."),
     ],
     overrides: Overrides = None,
     nproc: Nproc = None,
@@ -131,15 +125,11 @@ def branch(
 
 @app.command(context_settings=OVERRIDES)
 def profile(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")
-    ],
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")],
     overrides: Overrides = None,
     nproc: Nproc = None,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time, and to profile.")] = 3,
-    out: Annotated[
-        str, typer.Option(metavar="DIR", help="A new folder for the traces and profile.json.")
-    ] = "profile",
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the traces and profile.json.")] = "profile",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> Optional[int]:
     """Say where the time of a training step goes.
@@ -158,15 +148,13 @@ def profile(
 @app.command()
 def prepare(
     inputs: Annotated[
-        List[str],
+        list[str],
         typer.Argument(
             metavar="INPUT...", help="Files, folders or patterns: .txt, .jsonl (.gz, .zst), .parquet, .arrow."
         ),
     ],
     out: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
-    tokenizer: Annotated[
-        str, typer.Option(metavar="MODEL", help="A sentencepiece .model or a tokenizer.json.")
-    ],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="A sentencepiece .model or a tokenizer.json.")],
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that tokenise.")] = 1,
     text_key: Annotated[
         str, typer.Option(metavar="KEY", help="The field that holds the text; a.b is b within a.")
@@ -176,7 +164,7 @@ def prepare(
         typer.Option(min=0.0, max=0.5, metavar="PART", help="Part of the documents kept for validation."),
     ] = 0.0,
     filters: Annotated[
-        Optional[List[str]],
+        Optional[list[str]],
         typer.Option("--filter", metavar="FIELD=VALUE", help="Keep what meets it (=, !=, <, <=, >, >=)."),
     ] = None,
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop documents whose text came before.")] = False,
@@ -225,7 +213,7 @@ def prepare(
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    inputs: Annotated[List[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files.")],
     out: Annotated[str, typer.Option(metavar="MODEL", help="The file to write, such as tokenizer.model.")],
     vocab_size: Annotated[int, typer.Option(min=1, metavar="N", help="Entries of the vocabulary.")] = 32000,
     text_key: Annotated[
@@ -250,9 +238,7 @@ def mix(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     history: Annotated[bool, typer.Option("--history", help="What the run has consumed so far.")] = False,
-    against: Annotated[
-        Optional[str], typer.Option(metavar="OTHER.yaml", help="Compare with another mixture.")
-    ] = None,
+    against: Annotated[Optional[str], typer.Option(metavar="OTHER.yaml", help="Compare with another mixture.")] = None,
 ) -> Optional[int]:
     """Show what will be fed: tokens, shares and epochs.
 
@@ -270,9 +256,7 @@ def mix(
 def score(
     checkpoint: Checkpoint,
     ids: Annotated[str, typer.Option(metavar="IDS.npy", help="Token ids, whole numbers [batch, sequence].")],
-    out: Annotated[
-        str, typer.Option(metavar="NLL.npz", help="Writes the array nll, float32 [batch, sequence - 1].")
-    ],
+    out: Annotated[str, typer.Option(metavar="NLL.npz", help="Writes the array nll, float32 [batch, sequence - 1].")],
     overrides: Overrides = None,
     nproc: Nproc = None,
 ) -> Optional[int]:
@@ -295,9 +279,7 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
     overrides: Overrides = None,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add at most.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")
-    ] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")] = 1.0,
     top_p: Annotated[
         float,
         typer.Option(

@@ -128,9 +128,7 @@ class RunConfig(Section):
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 
-def load_run(
-    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True
-) -> RunConfig:
+def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True) -> RunConfig:
     """The run file at `path`, or the preset of that name, with `overrides` (``a.b=c``) applied.
 
     `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier
@@ -170,9 +168,7 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
     if warmup + decay > total:
         parts = f"warmup {warmup} + decay {decay} tokens" if decay else f"warmup of {warmup} tokens"
         larger = "warmup" if warmup > decay else "decay"
-        raise document.error(
-            ("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them"
-        )
+        raise document.error(("schedule", larger), f"{parts} are more than the mixture's {total}; shorten them")
 
 
 def _check_fp8(config: RunConfig, document: Document) -> None:
@@ -197,7 +193,8 @@ def _check_fp8(config: RunConfig, document: Document) -> None:
 
 
 def _check_flex(config: RunConfig, document: Document) -> None:
-    """DeepEP sends bf16, in pieces of 16 bytes, from memory that torch must not fill beside it as its deterministic mode does."""
+    """DeepEP sends bf16, in pieces of 16 bytes, from memory that torch must not fill beside it as its deterministic
+    mode does."""
     training, attention, parallel = config.training, config.model.attention, config.parallel
     if parallel.dispatcher != "flex" or parallel.expert == 1:
         return
@@ -207,6 +204,6 @@ def _check_flex(config: RunConfig, document: Document) -> None:
     elif training.deterministic:
         reason = "flex cannot be used with training.deterministic; take alltoall"
     elif config.model.hidden_size % 8 or attention.num_kv_heads * attention.head_dim % 8:
-        reason = "flex sends rows of a multiple of 8 numbers, which hidden_size or attention.head_dim x its heads is not; take alltoall"
+        reason = "flex sends rows of a multiple of 8 numbers, not of hidden_size or of attention.head_dim x its heads"
     if reason:
         raise document.error(("parallel", "dispatcher"), reason)

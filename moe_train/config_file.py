@@ -90,9 +90,7 @@ class _Assembler:
         self.folders: dict[str, Path] = {self.file: path.resolve().parent}
         self.document = read_yaml(self.file)
         if not isinstance(self.document.data, dict):
-            raise YamlError(
-                f"{self.file}:1: is not a run file; it should have the keys output_dir, model and data"
-            )
+            raise YamlError(f"{self.file}:1: is not a run file; it should have the keys output_dir, model and data")
 
     def override(self, text: str) -> None:
         keys, value = parse_override(text)

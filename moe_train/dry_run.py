@@ -54,9 +54,7 @@ def run_lines(config: RunConfig, layout: Layout) -> list[str]:
     training, schedule, length = config.training, config.schedule, config.mixture.sequence_length
     micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
     total = config.total_tokens
-    batch = (
-        f"{training.global_batch_size} sequences of {length} = {format_count(config.tokens_per_step)} tokens"
-    )
+    batch = f"{training.global_batch_size} sequences of {length} = {format_count(config.tokens_per_step)} tokens"
     rate = f"{schedule.kind}, lr {config.optimizer.lr:g}, warm-up {schedule.warmup}"
     if schedule.kind == "wsd":
         rate += f", decay {schedule.decay} ({schedule.decay_form})"

@@ -124,9 +124,7 @@ DurationField = Annotated[InstanceOf[Duration], BeforeValidator(parse_duration),
 Interval = Annotated[DurationField, Field(), BeforeValidator(lambda value: _positive(parse_duration(value)))]
 """A duration that must be more than 0 (every so often)."""
 
-Seconds = Annotated[
-    float, BeforeValidator(lambda value: _positive_time(_seconds(value))), PlainSerializer(format_time)
-]
+Seconds = Annotated[float, BeforeValidator(lambda value: _positive_time(_seconds(value))), PlainSerializer(format_time)]
 """A time on the clock, in seconds once read."""
 
 Count = Annotated[int, BeforeValidator(parse_count)]

@@ -1,8 +1,9 @@
 """NVIDIA's Apex and its namesake.
 
-megatron-core takes any importable ``apex`` for NVIDIA's, whose fused Adam and norm statistics it then uses. The package of that
-name on PyPI has nothing to do with it.
+megatron-core takes any importable ``apex`` for NVIDIA's, whose fused Adam and norm statistics it then uses. The package
+of that name on PyPI has nothing to do with it.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -29,6 +30,6 @@ def find_apex() -> Path | None:
             return folder
     where = folders[0] if folders else spec.origin
     raise EngineError(
-        f"the package `apex` in {where} is not NVIDIA's Apex, but megatron-core would take it for that: pip uninstall apex"
-        " (NVIDIA's is built from source, github.com/NVIDIA/apex; it is optional)"
+        f"the package `apex` in {where} is not NVIDIA's Apex, but megatron-core would take it for that: pip uninstall "
+        "apex (NVIDIA's is built from source, github.com/NVIDIA/apex; it is optional)"
     )

@@ -6,13 +6,15 @@ megatron-core's own. Every stand-in names one of its callers and the words that 
 a test walks the list and fails when the pinned megatron-core no longer says them, so that a stand-in cannot
 outlive its reason. Installed once a process by :func:`parallel.engine.start`, only where CUDA is missing.
 """
+
 from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +101,8 @@ def _no_rng_state(device="cuda", clone=False, graph_safe=False):
 
 
 def _unless_alone(collective: Callable) -> Callable:
-    """A collective on a slice of its own buffer: nothing to do in a group of one, where gloo would copy the buffer twice."""
+    """A collective on a slice of its own buffer: nothing to do in a group of one, where gloo would copy the buffer
+    twice."""
 
     def run(output, input, *args, group=None, **kwargs):
         if dist.get_world_size(group) > 1:
@@ -155,7 +158,12 @@ def stand_ins() -> list[StandIn]:
             "dist_all_gather_func(",
         ),
         # Small tensors made with a literal device.
-        StandIn(mcore + "pipeline_parallel.schedules.torch", _TORCH_ON_CPU, mcore + "pipeline_parallel.schedules", literal[0]),
+        StandIn(
+            mcore + "pipeline_parallel.schedules.torch",
+            _TORCH_ON_CPU,
+            mcore + "pipeline_parallel.schedules",
+            literal[0],
+        ),
         StandIn(mcore + "optimizer.optimizer.torch", _TORCH_ON_CPU, mcore + "optimizer.optimizer", literal[1]),
         StandIn(mcore + "optimizer.clip_grads.torch", _TORCH_ON_CPU, mcore + "optimizer.clip_grads", literal[1]),
         StandIn(mcore + "utils.torch", _TORCH_ON_CPU, mcore + "utils", literal[1]),

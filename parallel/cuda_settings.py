@@ -1,4 +1,5 @@
 """Environment variables that training on NVIDIA's GPUs wants, each with its reason. What the user has set stays."""
+
 from __future__ import annotations
 
 import os
@@ -25,14 +26,15 @@ ALWAYS = (
     Setting(
         "NCCL_NVLS_ENABLE",
         "0",
-        "NVLink SHARP reserves GPU memory for every communicator, and a layout has many; it speeds up all-reduce, of which there is little",
+        "NVLink SHARP reserves GPU memory for every communicator, and a layout has many; it speeds up all-reduce, of "
+        "which there is little",
     ),
 )
 TENSOR_PARALLEL = Setting(
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "1",
-    "with one hardware queue kernels start in the order of their launch, so that a tensor-parallel layer's communication starts before"
-    " the product that hides it (GPUs up to Hopper)",
+    "with one hardware queue kernels start in the order of their launch, so that a tensor-parallel layer's "
+    "communication starts before the product that hides it (GPUs up to Hopper)",
 )
 
 

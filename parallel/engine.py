@@ -1,9 +1,10 @@
 """Start the engine: megatron-core on torch.distributed, NCCL on GPUs and gloo on CPUs.
 
-Everything that touches a process group, ``megatron.core.parallel_state`` or the device goes through this package. Import this
-module before any other part of megatron-core: it keeps that library's import-time warnings from the user and, where
-there is no CUDA, puts the CPU backend in place.
+Everything that touches a process group, ``megatron.core.parallel_state`` or the device goes through this package.
+Import this module before any other part of megatron-core: it keeps that library's import-time warnings from the user
+and, where there is no CUDA, puts the CPU backend in place.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -25,8 +26,8 @@ import torch.distributed as dist  # noqa: E402
 def _import_megatron_uncompiled() -> None:
     """Import megatron-core with its fused functions as they are written.
 
-    It hands them to torch.compile as it is imported, which brings in the compiler: a third of the time that a rank takes to
-    start, for functions that nobody calls on a CPU.
+    It hands them to torch.compile as it is imported, which brings in the compiler: a third of the time that a rank
+    takes to start, for functions that nobody calls on a CPU.
     """
     compile_function = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda each: each)
@@ -50,13 +51,15 @@ MEGATRON_VERSION = "0.16.1"
 
 
 def check_megatron() -> None:
-    """Raise :class:`EngineError` unless the pinned megatron-core (and psutil, which it needs and does not declare) is installed, and
-    no package that it would mistake for NVIDIA's Apex."""
+    """Raise :class:`EngineError` unless the pinned megatron-core (and psutil, which it needs and does not declare) is
+    installed, and no package that it would mistake for NVIDIA's Apex."""
     for package, wanted in (("megatron-core", MEGATRON_VERSION), ("psutil", None)):
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise EngineError(f"{package} is not installed: pip install '{package}{'==' + wanted if wanted else ''}'") from None
+            raise EngineError(
+                f"{package} is not installed: pip install '{package}{'==' + wanted if wanted else ''}'"
+            ) from None
         if wanted and found != wanted:
             raise EngineError(
                 f"megatron-core {found} is installed, this version of the framework is built on {wanted}: "
@@ -70,13 +73,15 @@ def use_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=30)) -> Topology:
+def start(
+    layout: Layout, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=30)
+) -> Topology:
     """Join the other ranks and form the groups of ``layout``.
 
-    The rendezvous is torch's ``env://`` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables the process
-    is a world of one. Seeds every random generator from ``seed`` (no operation of the model draws from them; they are
-    seeded for what users add). With ``deterministic`` torch takes reproducible kernels; an operation that has none raises, for the
-    backward of torch's fused attention is only reproducible where torch may not merely warn.
+    The rendezvous is torch's ``env://`` (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables the
+    process is a world of one. Seeds every random generator from ``seed`` (no operation of the model draws from them;
+    they are seeded for what users add). With ``deterministic`` torch takes reproducible kernels; an operation that has
+    none raises, for the backward of torch's fused attention is only reproducible where torch may not merely warn.
 
     Raises:
         EngineError: megatron-core is missing or of another version, or the world has another size than the layout.
@@ -95,7 +100,8 @@ def start(layout: Layout, *, seed: int, deterministic: bool = False, timeout: ti
         _join(timeout)
     if dist.get_world_size() != layout.world_size:
         raise EngineError(
-            f"{dist.get_world_size()} ranks were started but the layout is {layout.describe()}: start {layout.world_size} ranks"
+            f"{dist.get_world_size()} ranks were started but the layout is {layout.describe()}: start "
+            f"{layout.world_size} ranks"
         )
     global _layout
     if layout != _layout:
@@ -129,8 +135,8 @@ def _form_groups(layout: Layout) -> None:
 def _one_group_for_the_same_ranks() -> Iterator[None]:
     """Have megatron-core's groups of the same ranks, of which it forms more than ten, be one group.
 
-    Each gloo group has threads of its own that wake up a hundred times a second, and takes a rendezvous to form. On GPUs
-    every one keeps a communicator of its own, so that their communication can overlap.
+    Each gloo group has threads of its own that wake up a hundred times a second, and takes a rendezvous to form. On
+    GPUs every one keeps a communicator of its own, so that their communication can overlap.
     """
     formed: dict[tuple, dist.ProcessGroup] = {}
     new_group = dist.new_group

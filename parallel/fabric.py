@@ -36,7 +36,8 @@ def measure(cuda: bool) -> dict[str, float | None]:
     if cuda:
         if torch.cuda.device_count() <= local:
             raise RuntimeError(
-                f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and this rank is number {local} of its node"
+                f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and this rank is number {local} of "
+                "its node"
             )
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")

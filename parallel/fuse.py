@@ -2,8 +2,8 @@
 
 Each step of such a chain reads and writes its whole tensor, and on a GPU the memory is what it waits for. :func:`fused`
 marks a pure function of tensors, called inside of an autograd function (it is not differentiated itself). On a CPU, and
-with ``torch.use_deterministic_algorithms`` (what the compiler picks by timing may differ from start to start), it runs as
-it is written. ``TORCH_COMPILE_DISABLE=1``, torch's own switch, has it run so on GPUs too.
+with ``torch.use_deterministic_algorithms`` (what the compiler picks by timing may differ from start to start), it runs
+as it is written. ``TORCH_COMPILE_DISABLE=1``, torch's own switch, has it run so on GPUs too.
 
 It is compiled when it is first called on a GPU; until then nothing of the compiler is imported. Dimensions that change
 from call to call become dynamic at their first change, and with ``rows`` the first dimension is so from the start: with
@@ -29,7 +29,8 @@ def fused(function: Callable | None = None, *, rows: bool = False, eager: Callab
 
     Args:
         rows: the first dimension of all its tensors is a number of rows, another at each call.
-        eager: the same function where it is not compiled, in place where that is faster; ``function`` is its definition.
+        eager: the same function where it is not compiled, in place where that is faster; ``function`` is its
+            definition.
 
     The result has two attributes for tests: ``plain``, the definition, and ``compiled``, on any device.
     """
@@ -67,8 +68,9 @@ def compiles(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether torch.compile can make kernels for this GPU: it takes Triton, which comes with torch's builds for CUDA, and what
-    Triton builds its own part with, a C compiler and Python's headers. Says once what is missing: without it all is slower."""
+    """Whether torch.compile can make kernels for this GPU: it takes Triton, which comes with torch's builds for CUDA,
+    and what Triton builds its own part with, a C compiler and Python's headers. Says once what is missing: without it
+    all is slower."""
     from torch.utils._triton import has_triton
 
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's: Triton looks there
@@ -79,7 +81,10 @@ def has_compiler() -> bool:
     elif not headers.exists():
         missing = f"Python's headers ({headers})"
     elif not has_triton():
-        missing = "its backend for this GPU"  # by its name the engine's filter of warnings would take this for megatron-core's
+        # by its name the engine's filter of warnings would take this for megatron-core's
+        missing = "its backend for this GPU"
     if missing:
-        warnings.warn(f"torch.compile lacks {missing}: elementwise chains run uncompiled, which is slower", stacklevel=2)
+        warnings.warn(
+            f"torch.compile lacks {missing}: elementwise chains run uncompiled, which is slower", stacklevel=2
+        )
     return missing is None

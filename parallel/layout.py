@@ -34,8 +34,8 @@ class ParallelConfig(BaseModel):
     attention_experts: Literal["sharded", "replicated"] = "sharded"
     """With expert parallelism: attention experts split like those of the MLP, or kept whole on every rank."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """With expert parallelism: each rank gets the rows of its experts alone, or those of all ranks and keeps its own, or those of
-    its experts by DeepEP's kernels."""
+    """With expert parallelism: each rank gets the rows of its experts alone, or those of all ranks and keeps its own,
+    or those of its experts by DeepEP's kernels."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,7 @@ def _remedy(problem: _Problem, what: str) -> str:
     for candidate in _single_changes(problem, "world"):
         if candidate.violation() is None:
             return f"the nearest that would do: {_difference(problem, candidate)}"
-    return (
-        f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
-    )
+    return f"no layout of {problem.world} processes would do: choose another number of processes or batch size"
 
 
 def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:

@@ -1,4 +1,5 @@
 """Which part of a global parameter a rank's tensor holds."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

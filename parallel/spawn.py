@@ -30,7 +30,17 @@ from parallel.rank import (
 )
 from parallel.rank_env import RankEnv, rank_environment
 
-__all__ = ["RankEnv", "SpawnResult", "local_gpus", "rank_environment", "rank_log_path", "run_rank", "run_ranks", "spawn_ranks", "tell"]
+__all__ = [
+    "RankEnv",
+    "SpawnResult",
+    "local_gpus",
+    "rank_environment",
+    "rank_log_path",
+    "run_rank",
+    "run_ranks",
+    "spawn_ranks",
+    "tell",
+]
 
 SETTLE_SECONDS = 1.0
 """After the first failure the others may fail by themselves, so that the cause is known, not only its echo."""
@@ -101,10 +111,10 @@ def spawn_ranks(
         log_dir: gets `rank_00001.log` and so on; rank 0 keeps this terminal.
         first: the place of the first of them in a world that other machines have the rest of; None: these are all.
 
-    Each rank has torch's `env://` variables (without `first` for a rendezvous on 127.0.0.1), no stdin, and a share of the cores in
-    `OMP_NUM_THREADS` unless that is set. SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT or SIGTERM kills
-    the ranks. Call it from the main thread: signals are passed on from there alone, and the ranks die with the
-    thread that started them.
+    Each rank has torch's `env://` variables (without `first` for a rendezvous on 127.0.0.1), no stdin, and a share of
+    the cores in `OMP_NUM_THREADS` unless that is set. SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT or
+    SIGTERM kills the ranks. Call it from the main thread: signals are passed on from there alone, and the ranks die
+    with the thread that started them.
 
     Raises:
         ValueError: `nproc` < 1.
@@ -153,7 +163,9 @@ class _Group:
                 env[ERROR_DIR] = str(error_dir)
                 env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
                 # A session of its own: Ctrl-C reaches a rank once, through us, not twice.
-                self.processes[rank] = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+                self.processes[rank] = subprocess.Popen(
+                    command, env=env, stdin=subprocess.DEVNULL, start_new_session=True
+                )
         except BaseException:
             self._kill()
             raise

@@ -1,8 +1,10 @@
 """Run test functions on N ranks that are started once.
 
-Starting an interpreter and importing megatron-core costs seconds a rank, so a pool keeps its ranks, joined in one process
-group, and calls one function after another on them; each may form a layout of its own with :func:`parallel.engine.start`.
+Starting an interpreter and importing megatron-core costs seconds a rank, so a pool keeps its ranks, joined in one
+process group, and calls one function after another on them; each may form a layout of its own with
+:func:`parallel.engine.start`.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -26,7 +28,7 @@ class RankPool:
         self.nproc, self.timeout = nproc, timeout
         self._ranks: list[tuple[Any, Any]] = []
 
-    def __enter__(self) -> "RankPool":
+    def __enter__(self) -> RankPool:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -1,4 +1,5 @@
 """Where this rank stands: its coordinates in the layout, its groups and its device."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Topology:
     groups: ProcessGroupCollection
 
     @classmethod
-    def current(cls, layout: Layout) -> "Topology":
+    def current(cls, layout: Layout) -> Topology:
         """The topology of this process once megatron-core's groups are formed."""
         cuda = torch.cuda.is_available()
         return cls(

@@ -1,8 +1,9 @@
 """NVIDIA's Transformer Engine: whether it is there, what this device can do with it, and whether FP8 really ran.
 
-megatron-core takes its absence in silence (its FP8 context does nothing then), and so it does a recipe that the device cannot
-do. Here both are errors before the first step, and the products of the first step are counted.
+megatron-core takes its absence in silence (its FP8 context does nothing then), and so it does a recipe that the device
+cannot do. Here both are errors before the first step, and the products of the first step are counted.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -24,7 +25,8 @@ RECIPES = {
 }
 """Recipe -> the question that Transformer Engine answers about it."""
 PRODUCTS = ("generic_gemm", "te_general_grouped_gemm")
-"""Every matrix product of Transformer Engine goes through a function of its C++ module that is called so, or begins so."""
+"""Every matrix product of Transformer Engine goes through a function of its C++ module that is called so, or begins
+so."""
 
 
 def choose_kernels(wanted: str | None, recipe: str | None) -> str:
@@ -45,12 +47,16 @@ def choose_kernels(wanted: str | None, recipe: str | None) -> str:
     required = recipe is not None or wanted is not None
     if not torch.cuda.is_available():
         if required:
-            raise EngineError(f"{needs_it} needs a GPU, and this rank sees none; run it where there is one, or leave the key out")
+            raise EngineError(
+                f"{needs_it} needs a GPU, and this rank sees none; run it where there is one, or leave the key out"
+            )
         return "torch"
     version = find_transformer_engine()
     if version is None:
         if required:
-            raise EngineError(f"{needs_it} needs Transformer Engine, which is not installed: pip install 'moe-train[gpu]'")
+            raise EngineError(
+                f"{needs_it} needs Transformer Engine, which is not installed: pip install 'moe-train[gpu]'"
+            )
         return "torch"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -75,8 +81,8 @@ def find_transformer_engine() -> str | None:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(
-            f"Transformer Engine is installed but does not load ({reason}): build it for this torch, {torch.__version__}, or"
-            " uninstall it"
+            f"Transformer Engine is installed but does not load ({reason}): build it for this torch, "
+            f"{torch.__version__}, or uninstall it"
         ) from error
     return importlib.metadata.version("transformer_engine")
 
@@ -90,7 +96,9 @@ def _check_recipe(recipe: str) -> None:
     if not can:
         others = [name for name, (possible, _) in answers.items() if possible]
         instead = f"set {' or '.join(others)}" if others else "set training.precision to bf16"
-        raise EngineError(f"training.fp8_recipe: {recipe} is not for {torch.cuda.get_device_name()} ({reason.rstrip('.')}): {instead}")
+        raise EngineError(
+            f"training.fp8_recipe: {recipe} is not for {torch.cuda.get_device_name()} ({reason.rstrip('.')}): {instead}"
+        )
 
 
 def row_multiple(recipe: str | None) -> int:
@@ -129,7 +137,8 @@ class Products:
 
 @contextmanager
 def counted_products() -> Iterator[Products]:
-    """Count what runs inside by looking at what Transformer Engine hands to its C++ module. A grouped product counts once."""
+    """Count what runs inside by looking at what Transformer Engine hands to its C++ module. A grouped product counts
+    once."""
     import transformer_engine_torch as extension
 
     count = Products()

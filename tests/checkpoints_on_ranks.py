@@ -99,9 +99,7 @@ def weights_after_loading(source: str, precision: str) -> dict[str, torch.Tensor
 
     chunks, _, optimizer, _, topology = _built({}, precision, seed=99)
     load_checkpoint(Path(source), chunks, optimizer, topology)
-    found = {
-        each.placement.name: each.placement.valid(each.detach()).clone() for each in chunks[0].parameters()
-    }
+    found = {each.placement.name: each.placement.valid(each.detach()).clone() for each in chunks[0].parameters()}
     for shard in optimizer.shards():
         name = shard.parameter.placement.name
         found[f"main.{name}"] = shard.main.view(shard.parameter.placement.local_shape).clone()

@@ -1,4 +1,5 @@
 """Ranks that whole test sessions share: starting them and importing megatron-core costs seconds."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

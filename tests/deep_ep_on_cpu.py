@@ -1,7 +1,9 @@
-"""DeepEP's buffer over any process group of torch: the part of its interface that trains, with the checks of its C++ part.
+"""DeepEP's buffer over any process group of torch: the part of its interface that trains, with the checks of its C++
+part.
 
 Rows arrive in the order of their ranks, and of their places there, as from the real one.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -38,14 +40,29 @@ class Buffer:
         return goes_tr.sum(0).int(), None, per_expert.int(), goes_tr, None
 
     def dispatch(
-        self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None,
-        num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1,
+        self,
+        x,
+        handle=None,
+        num_tokens_per_rank=None,
+        num_tokens_per_rdma_rank=None,
+        is_token_in_rank=None,
+        num_tokens_per_expert=None,
+        topk_idx=None,
+        topk_weights=None,
+        expert_alignment=1,
     ):
         assert x.dim() == 2 and x.is_contiguous() and x.shape[1] * x.element_size() % 16 == 0
         ranks = self.group.size()
         if handle is not None:
             assert topk_idx is None and topk_weights is None and len(handle.goes) == len(x)
-            return self._exchange(self._copies(x, handle.goes), handle.sent, handle.received), None, None, None, None, None
+            return (
+                self._exchange(self._copies(x, handle.goes), handle.sent, handle.received),
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         assert is_token_in_rank.dtype == torch.bool and is_token_in_rank.shape == (len(x), ranks)
         assert num_tokens_per_rank.dtype == num_tokens_per_expert.dtype == torch.int32
         assert topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape and len(topk_idx) == len(x)
@@ -61,7 +78,9 @@ class Buffer:
         return self._exchange(self._copies(x, handle.goes), sent, received), expert, weights, counts, handle, None
 
     def combine(self, x, handle):
-        assert x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] * x.element_size() % 16 == 0
+        assert (
+            x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] * x.element_size() % 16 == 0
+        )
         assert len(x) == sum(handle.received)
         answers = self._exchange(x, handle.received, handle.sent)
         total = torch.zeros(len(handle.goes), x.shape[1])

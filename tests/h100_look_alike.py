@@ -1,8 +1,9 @@
 """A GPU for constructors alone: torch.cuda answers as on an H100, tensors stay on the meta device.
 
-Transformer Engine's modules ask the device what it is before they make their first parameter, on the meta device too. Nothing
-can be computed.
+Transformer Engine's modules ask the device what it is before they make their first parameter, on the meta device too.
+Nothing can be computed.
 """
+
 from __future__ import annotations
 
 from contextlib import contextmanager

@@ -1,4 +1,5 @@
-"""Where the host would wait for a GPU: every read of a tensor's value, and every operation whose result is as large as values say.
+"""Where the host would wait for a GPU: every read of a tensor's value, and every operation whose result is as large as
+values say.
 
 Shown on a CPU, where nothing waits: what is counted is what would ask the device."""
 
@@ -18,7 +19,17 @@ READS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 """Those that are no operation of their own on a CPU."""
 BUILDS = {torch.tensor, torch.as_tensor}
 """From numbers, and from lists of tensors, of which it reads each."""
-READ_OR_SIZED_BY_VALUES = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "repeat_interleave", "bincount")
+READ_OR_SIZED_BY_VALUES = (
+    "_local_scalar_dense",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "unique_consecutive",
+    "repeat_interleave",
+    "bincount",
+)
 
 
 @contextlib.contextmanager

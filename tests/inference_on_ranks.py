@@ -32,9 +32,7 @@ def answer(
     from parallel import engine
 
     planned = plan(checkpoint, None, overrides)
-    session = load_session(
-        planned, engine.start(planned.config.layout(planned.model, planned.world_size), seed=0)
-    )
+    session = load_session(planned, engine.start(planned.config.layout(planned.model, planned.world_size), seed=0))
     texts = [
         continue_ids(
             session,

@@ -31,9 +31,7 @@ def state_bytes(layout: dict, model: dict, precision: str, sharded_attention: bo
     chunks, stepper, optimizer, _, _ = built
     buffers = [buffer for chunk in stepper.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     held = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
-    assert all(
-        parameter.untyped_storage().data_ptr() in held for chunk in chunks for parameter in chunk.parameters()
-    )
+    assert all(parameter.untyped_storage().data_ptr() in held for chunk in chunks for parameter in chunk.parameters())
     state = 0
     for shard in optimizer.shards():
         tensors = [shard.exp_avg, shard.exp_avg_sq]

@@ -43,15 +43,9 @@ def forward(parameters: Parameters, config: ModelConfig, ids: torch.Tensor) -> F
     losses = []
     x = parameters["embedding.weight"][ids]
     for layer in range(config.num_layers):
-        p = {
-            name.split(".", 2)[2]: value
-            for name, value in parameters.items()
-            if name.startswith(f"layers.{layer}.")
-        }
+        p = {name.split(".", 2)[2]: value for name, value in parameters.items() if name.startswith(f"layers.{layer}.")}
         h = rms_norm(x, p["attention_norm.weight"], 1e-6)
-        gates, balance, z = route(
-            h, p["attention.router.weight"], config.attention.top_k, config.router.scope
-        )
+        gates, balance, z = route(h, p["attention.router.weight"], config.attention.top_k, config.router.scope)
         x = x + attention(h, gates, p, config)
         losses.append((balance, z))
         h = rms_norm(x, p["mlp_norm.weight"], 1e-6)
@@ -95,9 +89,7 @@ def attention(h: torch.Tensor, gates: torch.Tensor, p: Parameters, config: Model
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     out = torch.zeros_like(h)
     for expert in range(config.attention.num_experts):
-        q = rotate(
-            (h @ p["attention.query.weight"][expert].T).view(batch, length, heads, width), config.rope_theta
-        )
+        q = rotate((h @ p["attention.query.weight"][expert].T).view(batch, length, heads, width), config.rope_theta)
         scores = torch.einsum("bind,bjnd->bnij", q, k) / math.sqrt(width)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         answer = torch.einsum("bnij,bjnd->bind", weights, v).flatten(2)
@@ -124,9 +116,7 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
     angle = (torch.arange(length, dtype=torch.float32)[:, None] * frequency).to(x.dtype)[:, None, :]
     first, second = x[..., : width // 2], x[..., width // 2 :]
-    return torch.cat(
-        [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()], dim=-1
-    )
+    return torch.cat([first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()], dim=-1)
 
 
 def adamw_step(

@@ -33,9 +33,7 @@ def small_config(**changes) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def random_weights(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 1
-) -> dict[str, torch.Tensor]:
+def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, torch.Tensor]:
     """Global name -> tensor: loud matrices, norms near 1, biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -1,4 +1,5 @@
 """Training steps of a small model on any layout, as every rank of a test's pool runs them."""
+
 from __future__ import annotations
 
 import os
@@ -34,8 +35,20 @@ def make_layout(world_size: int, tensor=1, pipeline=1, virtual_pipeline=None, ex
 
 
 def build(
-    layout: Layout, model: ModelConfig, precision="fp32", recompute="none", sharded_attention=True, document_end=None, offload=None, lr=3e-3, seed=5,
-    row_multiple=None, overlap=False, kernels="torch", fp8_recipe=None, dispatcher="alltoall",
+    layout: Layout,
+    model: ModelConfig,
+    precision="fp32",
+    recompute="none",
+    sharded_attention=True,
+    document_end=None,
+    offload=None,
+    lr=3e-3,
+    seed=5,
+    row_multiple=None,
+    overlap=False,
+    kernels="torch",
+    fp8_recipe=None,
+    dispatcher="alltoall",
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -47,7 +60,13 @@ def build(
     from moe_train.training.step import Stepper
 
     options = ModelOptions(
-        DTYPES[precision], seed, recompute, sharded_attention, document_end=document_end, kernels=kernels, fp8_recipe=fp8_recipe,
+        DTYPES[precision],
+        seed,
+        recompute,
+        sharded_attention,
+        document_end=document_end,
+        kernels=kernels,
+        fp8_recipe=fp8_recipe,
         dispatcher=dispatcher,
     )
     chunks = build_model(model, topology, options)
@@ -61,7 +80,9 @@ def build(
     return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
 
 
-def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH) -> list[dict]:
+def run_steps(
+    built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_BATCH, global_batch=GLOBAL_BATCH
+) -> list[dict]:
     """Take ``steps`` (their numbers seed the data) and return loss, gradient norm and what the routers did in each."""
     from moe_train.training.adaptive import AdaptiveCoefficients
 
@@ -75,7 +96,9 @@ def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_B
         monitor.reset()
         loss = stepper.train(list(windows.split(micro_batch))[topology.data_rank :: data])
         norm = optimizer.gradient_norm()
-        totals = topology.sum_over_world(torch.cat([torch.tensor([loss / topology.layout.tensor]).double(), monitor.totals]))
+        totals = topology.sum_over_world(
+            torch.cat([torch.tensor([loss / topology.layout.tensor]).double(), monitor.totals])
+        )
         optimizer.update(lr, norm)
         count = global_batch // micro_batch
         balance, z = monitor.losses(totals[1:], count)
@@ -96,7 +119,9 @@ def run_steps(built, steps: range, vocab_size: int, lr=3e-3, micro_batch=MICRO_B
     return figures
 
 
-def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch: int = MICRO_BATCH, **options) -> list[dict]:
+def train(
+    layout: dict, steps: int = 10, model: dict | None = None, micro_batch: int = MICRO_BATCH, **options
+) -> list[dict]:
     """``steps`` steps on ``layout`` (tensor, pipeline, ...) over the ranks of this process group."""
     config = small_model(**(model or {}))
     world_size = int(os.environ["WORLD_SIZE"])
@@ -106,7 +131,13 @@ def train(layout: dict, steps: int = 10, model: dict | None = None, micro_batch:
 
 
 def save(
-    layout: dict, folder: str, steps: int, more: int, micro_batch: int = MICRO_BATCH, model: dict | None = None, **options
+    layout: dict,
+    folder: str,
+    steps: int,
+    more: int,
+    micro_batch: int = MICRO_BATCH,
+    model: dict | None = None,
+    **options,
 ) -> list[dict]:
     """Take ``steps`` steps, save to ``folder``, take ``more``; the figures of the latter."""
     from pathlib import Path
@@ -145,8 +176,8 @@ def resume(
 
 
 def clock_beside_a_late_rank(layout: dict, late: int, stopped: str) -> list[str]:
-    """What the clock of this rank saw of a step in which ``late`` does not begin its last micro-batch before another rank's clock
-    has stopped (and made the file ``stopped``), or for a minute."""
+    """What the clock of this rank saw of a step in which ``late`` does not begin its last micro-batch before another
+    rank's clock has stopped (and made the file ``stopped``), or for a minute."""
     import time
     from pathlib import Path
 
@@ -179,8 +210,8 @@ def clock_beside_a_late_rank(layout: dict, late: int, stopped: str) -> list[str]
 
 
 def drift(layout: dict, parameter: str | None = None, rank: int = 0, gather: bool = True, **options) -> str:
-    """What the comparison of copies says after some steps, when ``rank`` has one other bit in ``parameter``; whether or not
-    weights are gathered before it."""
+    """What the comparison of copies says after some steps, when ``rank`` has one other bit in ``parameter``; whether or
+    not weights are gathered before it."""
     from moe_train.training.replicas import check_replicas
 
     config = small_model()
@@ -214,8 +245,8 @@ def evaluate_between_steps(layout: dict, **options) -> list[float]:
 def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
     """Where the host would wait for a GPU in the second step, forward to update, with the kernels of a GPU.
 
-    The expert dispatch copies its numbers to the host together, records an event and waits for it; where they are read after
-    that, they are there.
+    The expert dispatch copies its numbers to the host together, records an event and waits for it; where they are read
+    after that, they are there.
     """
     from moe_train.model.grouped_linear import GroupedLinear, grouped_mm
     from parallel import cpu_backend
@@ -232,8 +263,13 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
         _, stepper, optimizer, monitor, topology = built
         run_steps(built, range(1), config.vocab_size)
         windows = torch.randint(0, config.vocab_size, (GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(1))
-        with host_waits() as waits, mock.patch.object(
-            cpu_backend._Stream, "record_event", lambda _: waits.append("counts to the host") or cpu_backend._Event()
+        with (
+            host_waits() as waits,
+            mock.patch.object(
+                cpu_backend._Stream,
+                "record_event",
+                lambda _: waits.append("counts to the host") or cpu_backend._Event(),
+            ),
         ):
             optimizer.zero_grad()
             monitor.reset()
@@ -245,9 +281,9 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
 
 def train_by_deep_ep(layout: dict, **options) -> list[dict]:
     """:func:`train` with the dispatcher ``flex``, over a DeepEP of gloo's making."""
-    from tests.deep_ep_on_cpu import deep_ep_on_cpu
-
     from megatron.core.transformer.moe import fused_a2a
+
+    from tests.deep_ep_on_cpu import deep_ep_on_cpu
 
     with deep_ep_on_cpu():
         figures = train(layout, dispatcher="flex", **options)

@@ -66,9 +66,7 @@ def test_the_command_line_is_the_roof() -> None:
     """It imports everything, nothing imports it (but `python -m moe_train`)."""
     for path in FILES:
         if name(path) != "moe_train/__main__.py":
-            assert not [line for module, line in imports(path) if module.startswith("moe_train.cli")], name(
-                path
-            )
+            assert not [line for module, line in imports(path) if module.startswith("moe_train.cli")], name(path)
 
 
 def test_only_parallel_touches_process_groups() -> None:
@@ -102,9 +100,7 @@ def test_no_package_imports_apex_by_requirement() -> None:
 
 def light_modules() -> list[str]:
     """Modules that a login node imports: all of data_pipeline and launch, and whatever reads YAML only."""
-    paths = [
-        path for path in FILES if name(path).startswith(("data_pipeline/", "launch/", "moe_train/plan/"))
-    ]
+    paths = [path for path in FILES if name(path).startswith(("data_pipeline/", "launch/", "moe_train/plan/"))]
     paths += [path for path in FILES if path.name in ("config.py", "__init__.py", "errors.py")]
     paths += [path for path in (ROOT / "moe_train").glob("*.py") if path.name != "__main__.py"]
     paths += [ROOT / "moe_train/model/flops.py", ROOT / "parallel/layout.py", ROOT / "parallel/spawn.py"]
@@ -121,9 +117,7 @@ for module in {light_modules()!r}:
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     assert not heavy, f"importing {{module}} imports {{heavy}}"
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -137,9 +131,7 @@ assert main(["--help"]) == 0 and main(["pretrain", "--help"]) == 0
 heavy = [name for name in ("torch", "megatron", "numpy", "yaml", "rich") if name in sys.modules]
 assert not heavy, heavy
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -151,12 +143,17 @@ def test_files_are_of_a_size_to_read() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     for path in FILES:
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), (
-            f"{name(path)} has no docstring"
-        )
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name(path)} has no docstring"
 
 
 def test_every_folder_of_code_is_a_package() -> None:
     """setup.py finds packages by their __init__.py: a folder without one would not be installed."""
     for path in FILES:
         assert (path.parent / "__init__.py").exists(), f"{name(path.parent)} has no __init__.py"
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
+    """`ruff format` and `ruff check --fix` put right what it names; pyproject.toml has the rules."""
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

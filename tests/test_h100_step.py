@@ -58,7 +58,9 @@ def test_ours(model, monkeypatch) -> None:
     assert contestant.parameters == model.num_parameters() and contestant.routings == ("learned", "balanced")
     counts = []
     forward = GroupedLinear.forward
-    monkeypatch.setattr(GroupedLinear, "forward", lambda self, x, rows: (counts.append(rows.counts), forward(self, x, rows))[1])
+    monkeypatch.setattr(
+        GroupedLinear, "forward", lambda self, x, rows: (counts.append(rows.counts), forward(self, x, rows))[1]
+    )
     steps(contestant, model)
     learned, balanced = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     assert any(len(set(each)) > 1 for each in learned)
@@ -115,7 +117,8 @@ def test_megatron(model, monkeypatch) -> None:
 
     contestant = megatron(model, "local", BATCH, "bf16", "none")
     hidden, heads = model.hidden_size, model.attention
-    same = model.num_parameters() - (heads.num_experts - heads.top_k) * 2 * hidden * heads.width  # queries and outputs of experts unused
+    # queries and outputs of experts unused
+    same = model.num_parameters() - (heads.num_experts - heads.top_k) * 2 * hidden * heads.width
     assert contestant.parameters == pytest.approx(same, rel=0.001)  # but for a router and biases
     theirs = contestant.model.flops_per_token(BATCH[2])
     assert theirs == pytest.approx(model.flops_per_token(BATCH[2]), rel=0.01)
@@ -146,7 +149,9 @@ def test_as_many_layers_as_fit(monkeypatch) -> None:
     layers = fitted(80e9)
     state = 18 * whole.model_copy(update={"num_layers": layers}).num_parameters()
     assert 0.6 * 80e9 < state < h100_step.ROOM * 80e9
-    assert fitted(80e9, recompute="full") >= layers > fitted(80e9, micro_batch_size=4) and fitted(1e12) == whole.num_layers
+    assert (
+        fitted(80e9, recompute="full") >= layers > fitted(80e9, micro_batch_size=4) and fitted(1e12) == whole.num_layers
+    )
     with pytest.raises(SystemExit, match="not one layer fits"):
         fitted(1e9)
 
@@ -170,8 +175,28 @@ def test_rounds_are_put_together() -> None:
 
 
 def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/h100_step.py"), "--only", "ours-fp8-blockwise,ours", "--model", "bench_60m"]
-    command += ["--layers", "1", "--sequence-length", "64", "--steps", "1", "--micro-batch-size", "1", "--blocks", "1", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/h100_step.py"),
+        "--only",
+        "ours-fp8-blockwise,ours",
+        "--model",
+        "bench_60m",
+    ]
+    command += [
+        "--layers",
+        "1",
+        "--sequence-length",
+        "64",
+        "--steps",
+        "1",
+        "--micro-batch-size",
+        "1",
+        "--blocks",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -188,7 +213,9 @@ def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
 def test_a_mistake_is_one_line_and_status_2() -> None:
     def said(*arguments: str) -> str:
         command = [sys.executable, str(ROOT / "benchmarks/h100_step.py"), *arguments]
-        done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 2 and not done.stdout
         return done.stderr
 

@@ -1,9 +1,10 @@
 """Transformer Engine's layers without a GPU: its Python as it is, its C++ module replaced by torch on the CPU.
 
-What is real: its modules, autograd functions, recipes, FP8 tensors, the caching of quantised weights, the accumulation into
-``main_grad``. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the scales of per-tensor
-recipes (``delayed``, ``tensorwise``); products of its numbers are summed in fp32.
+What is real: its modules, autograd functions, recipes, FP8 tensors, the caching of quantised weights, the accumulation
+into ``main_grad``. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the scales of
+per-tensor recipes (``delayed``, ``tensorwise``); products of its numbers are summed in fp32.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,7 +20,9 @@ calls: Counter[str] = Counter()
 """Functions of the C++ module that were called."""
 
 
-def train(layout: dict, steps: int = 4, recipe: str | None = None, kernels: str = "transformer_engine", **options) -> list[dict]:
+def train(
+    layout: dict, steps: int = 4, recipe: str | None = None, kernels: str = "transformer_engine", **options
+) -> list[dict]:
     """As :func:`tests.steps_on_ranks.train`, with 32 sequences a micro-batch so that FP8 finds its multiples of 16."""
     return _run(layout, steps, recipe, kernels, options)
 
@@ -84,7 +87,8 @@ def bytes_of_fp8_weights() -> tuple[int, int]:
         held = sum(part.numel() for copy in copies for part in (copy._data, copy._transpose) if part is not None)
         model, layout = chunks[0].model_config, topology.layout
         planned, without = (
-            state_bytes(model, layout, place(layout, topology.rank), precision)["weights"] for precision in ("fp8", "bf16")
+            state_bytes(model, layout, place(layout, topology.rank), precision)["weights"]
+            for precision in ("fp8", "bf16")
         )
         return held, planned - without
 
@@ -184,7 +188,9 @@ def _counted(function):
 # ---- the functions of the C++ module, with its arguments
 
 
-def generic_gemm(a, transpose_a, b, transpose_b, out, quantizer, dtype, bias, bias_dtype, gelu, gelu_in, grad, *rest, **_):
+def generic_gemm(
+    a, transpose_a, b, transpose_b, out, quantizer, dtype, bias, bias_dtype, gelu, gelu_in, grad, *rest, **_
+):
     """Column-major ``op(a) op(b)``, which in rows is ``op(b) op(a)``; ``rest``: workspace, its size, accumulate, ..."""
     left, right = _plain(b), _plain(a)
     rows = left.flatten(0, -2).float()
@@ -201,7 +207,8 @@ def generic_gemm(a, transpose_a, b, transpose_b, out, quantizer, dtype, bias, bi
 
 
 def te_general_grouped_gemm(a, transpose_a, b, transpose_b, out, dtype, splits, bias, bias_dtype, single_output, *rest):
-    """A product for each pair of ``a`` and ``b``; ``rest``: gelu input, grad, workspaces, their size, accumulate, ..."""
+    """A product for each pair of ``a`` and ``b``; ``rest``: gelu input, grad, workspaces, their size, accumulate,
+    ..."""
     outs = out[0].split(_numbers(splits)) if single_output else out
     for first, second, into in zip(a, b, outs):
         if into.numel():
@@ -216,7 +223,8 @@ def split_quantize(x, splits, quantizers, **_):
 
 
 def quantize(x, quantizer, out=None, noop=None):
-    """Per-tensor scaling to FP8: by the tensor's own largest value, or with the scale of the quantizer, which notes that."""
+    """Per-tensor scaling to FP8: by the tensor's own largest value, or with the scale of the quantizer, which notes
+    that."""
     largest = x.detach().abs().max().float() if x.numel() else torch.zeros(())
     fp8 = _fp8(quantizer.dtype)
     if "CurrentScaling" in type(quantizer).__name__:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, List, Optional, Tuple
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,9 +18,7 @@ app = typer.Typer(
 
 Checkpoint = Annotated[
     str,
-    typer.Argument(
-        metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), or what convert wrote."
-    ),
+    typer.Argument(metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), or what convert wrote."),
 ]
 
 
@@ -65,15 +63,15 @@ def verify(
 @app.command("convert")
 def convert(
     from_hf: Annotated[
-        Optional[Tuple[str, str]],
+        Optional[tuple[str, str]],
         typer.Option("--from-hf", metavar="DIR OUT", help="Read a Hugging Face folder."),
     ] = None,
     to_hf: Annotated[
-        Optional[Tuple[str, str]],
+        Optional[tuple[str, str]],
         typer.Option("--to-hf", metavar="CHECKPOINT DIR", help="Write a Hugging Face folder."),
     ] = None,
     weights: Annotated[
-        Optional[Tuple[str, str]],
+        Optional[tuple[str, str]],
         typer.Option("--weights", metavar="CHECKPOINT OUT", help="Keep the weights alone."),
     ] = None,
     precision: Annotated[
@@ -105,7 +103,10 @@ def convert(
 @app.command("upcycle")
 def upcycle(
     dense: Annotated[
-        str, typer.Argument(metavar="DENSE", help="A checkpoint, a run's folder, or a Hugging Face folder of a dense model.")
+        str,
+        typer.Argument(
+            metavar="DENSE", help="A checkpoint, a run's folder, or a Hugging Face folder of a dense model."
+        ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new checkpoint.")],
     experts: Annotated[int, typer.Option("--experts", metavar="N", help="Copies of each MLP.")],
@@ -114,13 +115,15 @@ def upcycle(
         float, typer.Option("--router-std", metavar="S", help="Standard deviation of the new routers' weights.")
     ] = 0.01,
     noise: Annotated[
-        float, typer.Option("--noise", metavar="R", help="Noise on each copy, as a part of its weights' standard deviation.")
+        float,
+        typer.Option("--noise", metavar="R", help="Noise on each copy, as a part of its weights' standard deviation."),
     ] = 0.0,
     reinitialize: Annotated[
-        float, typer.Option("--reinitialize", metavar="P", help="Part of each copy's hidden channels that is drawn anew.")
+        float,
+        typer.Option("--reinitialize", metavar="P", help="Part of each copy's hidden channels that is drawn anew."),
     ] = 0.0,
     router: Annotated[
-        Optional[List[str]],
+        Optional[list[str]],
         typer.Option("--router", metavar="KEY=VALUE", help="A key of the new model's `router`; may be given often."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the routers and of what is drawn.")] = 1234,
@@ -141,6 +144,15 @@ def upcycle(
 
     return status(
         write(
-            dense, out, experts, top_k, router_std, noise, reinitialize, seed, read_router_keys(router or []), keep_optimizer
+            dense,
+            out,
+            experts,
+            top_k,
+            router_std,
+            noise,
+            reinitialize,
+            seed,
+            read_router_keys(router or []),
+            keep_optimizer,
         )
     )

@@ -34,9 +34,7 @@ def what_is_not_covered(metadata: Metadata, config: ModelConfig) -> str | None:
         if kind not in (*KINDS, *SCALES) or name not in shapes:
             return f"{key} is no part of the model in run_state.json"
         if kind in KINDS and tuple(tensor.size) != tuple(shapes[name]):
-            return (
-                f"{key} has the shape {tuple(tensor.size)}, the model in run_state.json {tuple(shapes[name])}"
-            )
+            return f"{key} has the shape {tuple(tensor.size)}, the model in run_state.json {tuple(shapes[name])}"
         if fault := what_is_not_tiled(
             tuple(tensor.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
         ):
@@ -50,10 +48,7 @@ def what_is_not_tiled(shape: tuple[int, ...], rectangles: list[Rectangle]) -> st
     They do if none sticks out, no two overlap, and their sizes add up. Sorted by their beginning in the
     longest dimension, one is compared only with those that have not ended there."""
     for offset, extent in rectangles:
-        if any(
-            start < 0 or length < 1 or start + length > size
-            for start, length, size in zip(offset, extent, shape)
-        ):
+        if any(start < 0 or length < 1 or start + length > size for start, length, size in zip(offset, extent, shape)):
             return f"a rectangle at {offset} of {extent} sticks out"
     sweep = max(range(len(shape)), key=lambda dim: shape[dim], default=0)
     open_ones: list[Rectangle] = []

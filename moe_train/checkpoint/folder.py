@@ -65,9 +65,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if any(
-        (path / name).exists() for name in (RUN_STATE, MANIFEST, MANIFEST_HASH)
-    ):  # one of them may be what was lost
+    if any((path / name).exists() for name in (RUN_STATE, MANIFEST, MANIFEST_HASH)):  # one of them may be what was lost
         return path
     at = re.fullmatch(r"(.+)@(\d+)", str(path))
     run, step = (Path(at[1]), int(at[2])) if at and not path.exists() else (path, None)
@@ -82,8 +80,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         there = [step_of(each) for folder in (run / "checkpoints", run) for each in checkpoints(folder)]
         raise UserError(f"{run} has no checkpoint of step {step}; it has {there or 'none'}")
     raise UserError(
-        f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert`"
-        " wrote"
+        f"{path} holds no checkpoint: give an iter_* folder, a run's folder, or what `checkpoint convert` wrote"
     )
 
 
@@ -102,9 +99,7 @@ def read_run_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{path / RUN_STATE} is unreadable") from None
     if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train"
-        )
+        raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update moe-train")
     return state
 
 

@@ -84,9 +84,7 @@ def _verify(path: Path) -> str:
         raise DamagedError(f"{path}: {fault}")
     if path.name.startswith("iter_"):
         mark_verified(path)
-    return (
-        f"{path}: {len(entries)} files are as written, {model.num_parameters():,} parameters are covered once"
-    )
+    return f"{path}: {len(entries)} files are as written, {model.num_parameters():,} parameters are covered once"
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -79,9 +79,7 @@ def find_checkpoint(
             _say(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
     if fetched := ranks.from_rank_zero(_fetch(mirror, folder) if first and mirror else None):
         if reason := what_is_wrong(fetched, ranks):
-            raise DamagedError(
-                f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}"
-            )
+            raise DamagedError(f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}")
         return fetched
     if damaged or ranks.from_rank_zero(held_any(folder) if first else None):
         what = "; ".join(damaged) or "those it had are set aside or gone"
@@ -119,8 +117,7 @@ def load_checkpoint(
     kinds = {key.partition(".")[0] for key in metadata.state_dict_metadata}
     if optimizer is not None and not ({"exp_avg", "exp_avg_sq"} <= kinds and "optimizer_steps" in state):
         raise UserError(
-            f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from),"
-            " none go on with it"
+            f"{path} holds weights alone: a new run can start from it (checkpoint.initialize_from), none go on with it"
         )
     pieces = pieces_to_load(chunks, optimizer, with_main="main" in kinds)
     if optimizer is not None:
@@ -145,8 +142,7 @@ def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
     ]
     if differing:
         raise UserError(
-            f"a checkpoint of another model: {'; '.join(differing)}; restore these keys,"
-            " or start a new run elsewhere"
+            f"a checkpoint of another model: {'; '.join(differing)}; restore these keys, or start a new run elsewhere"
         )
 
 

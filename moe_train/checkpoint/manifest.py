@@ -105,14 +105,11 @@ def _entries(folder: Path) -> tuple[dict[str, dict], str]:
     try:
         text, line = (folder / MANIFEST).read_bytes(), (folder / MANIFEST_HASH).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedError(
-            f"{error.filename} is missing: the checkpoint was not finished or is damaged"
-        ) from None
+        raise DamagedError(f"{error.filename} is missing: the checkpoint was not finished or is damaged") from None
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from None
     if line != _hash_line(text):  # byte for byte: a damaged line end counts too
         raise DamagedError(
-            f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together:"
-            " one of them is damaged"
+            f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together: one of them is damaged"
         )
     return json.loads(text)["files"], line.decode().strip()

@@ -53,9 +53,7 @@ class Mirror:
         except FileNotFoundError:
             return []
         names = {posixpath.basename(path.rstrip("/")) for path in found}
-        return sorted(
-            (name for name in names if is_checkpoint_name(name)), key=lambda name: step_of(Path(name))
-        )
+        return sorted((name for name in names if is_checkpoint_name(name)), key=lambda name: step_of(Path(name)))
 
     def push(self, path: Path) -> None:
         """Copy a committed checkpoint, read every file back, and only then make it a whole one.
@@ -65,9 +63,7 @@ class Mirror:
             OSError: it cannot be written.
         """
         there, entries = self._at(path.name), read_manifest(path)
-        if self._files.exists(
-            there
-        ):  # half a copy of an earlier start, or one of a part that was computed again
+        if self._files.exists(there):  # half a copy of an earlier start, or one of a part that was computed again
             self._files.rm(there, recursive=True)
         self._files.makedirs(there, exist_ok=True)
         for name in (*entries, MANIFEST):
@@ -84,11 +80,7 @@ class Mirror:
         """Remove all but the newest ``keep_last`` whole copies, and older ones that are not whole."""
         whole = [name for name in self.copies() if self._is_whole(name)]
         for name in self.copies():
-            if (
-                whole
-                and name not in whole[-self.keep_last :]
-                and step_of(Path(name)) < step_of(Path(whole[-1]))
-            ):
+            if whole and name not in whole[-self.keep_last :] and step_of(Path(name)) < step_of(Path(whole[-1])):
                 self._files.rm(self._at(name), recursive=True)
 
     def fetch(self, folder: Path) -> Path | None:

@@ -48,9 +48,7 @@ class HostCopies:
             where = (piece.key, piece.offset)
             copied = self._copies.get(where)
             if copied is None or copied.shape != source.shape or copied.dtype != source.dtype:
-                copied = self._copies[where] = torch.empty(
-                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
-                )
+                copied = self._copies[where] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             copied.copy_(source, non_blocking=source.is_cuda)
             taken.append(replace(piece, tensor=lambda copied=copied: copied))
         if any(copied.is_pinned() for copied in self._copies.values()):
@@ -94,8 +92,8 @@ def pieces_to_load(chunks: list[Transformer], optimizer: Optimizer | None, with_
 
 def pieces_of_scales(chunks: list[Transformer], to_save: bool) -> list[Piece]:
     """The scales of FP8 products where the recipe remembers them (``delayed``): ``fp8_forward_scale.NAME``,
-    ``fp8_forward_amax.NAME`` and the same of the backward, NAME being the product's weight. All that this rank holds, or
-    those that it is the one ``to_save``."""
+    ``fp8_forward_amax.NAME`` and the same of the backward, NAME being the product's weight. All that this rank holds,
+    or those that it is the one ``to_save``."""
     return [
         _piece(scales.kind, scales.placement, scales.placement.offset, scales.tensor)
         for chunk in chunks

@@ -77,8 +77,7 @@ class PieceLoader(LoadPlanner):
                 raise DamagedError(f"the checkpoint has no {piece.key}")
             if tuple(stored.size) != piece.global_shape:
                 raise DamagedError(
-                    f"{piece.key} has the shape {tuple(stored.size)} in the checkpoint,"
-                    f" {piece.global_shape} here"
+                    f"{piece.key} has the shape {tuple(stored.size)} in the checkpoint, {piece.global_shape} here"
                 )
             chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
             found = create_read_items_for_chunk_list(piece.key, stored, [chunk])
@@ -129,9 +128,7 @@ class SpanReader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._tensors = metadata.state_dict_metadata
 
@@ -140,9 +137,7 @@ class SpanReader(FileSystemReader):
         shape = stored.chunks[item.storage_index.index].sizes
         target = planner.resolve_tensor(item).detach()
         try:
-            read_rectangle(
-                file, begin, tuple(shape), tuple(item.storage_offsets), stored.properties.dtype, target
-            )
+            read_rectangle(file, begin, tuple(shape), tuple(item.storage_offsets), stored.properties.dtype, target)
         except (EOFError, OSError) as error:
             raise DamagedError(f"{path}: {item.storage_index.fqn} cannot be read ({error})") from None
         planner.commit_tensor(item, target)
@@ -214,9 +209,7 @@ def _data_offset(path: Path, file: int, where) -> int:
         view.seek(entry.header_offset + 26)
         name, extra = (int.from_bytes(view.read(2), "little") for _ in range(2))
     except (zipfile.BadZipFile, StopIteration, OSError, ValueError) as error:
-        raise DamagedError(
-            f"{path}: no tensor at byte {where.offset} ({error or type(error).__name__})"
-        ) from None
+        raise DamagedError(f"{path}: no tensor at byte {where.offset} ({error or type(error).__name__})") from None
     return entry.header_offset + 30 + name + extra
 
 

@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterator
 
 
-def rectangles(
-    shape: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The elements ``start .. stop`` of a row-major tensor as (offset, extent) pairs, in order.
 
     At most ``2 * len(shape) - 1`` of them: the end of a row, whole rows, the beginning of a row, in each

@@ -89,9 +89,7 @@ class Checkpointer:
         self.wait()
         waited = time.perf_counter() - began
         if before is not None and waited > 1.0:
-            self._warn(
-                f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written"
-            )
+            self._warn(f"step {step}: waited {waited:.1f} s for {before.target.name}, which was still being written")
         pieces = pieces_to_save(self._optimizer) + pieces_of_scales(self._chunks, to_save=True)
         if self.config.async_save:
             pieces = self._copies.take(pieces)
@@ -129,9 +127,7 @@ class Checkpointer:
             save.finish(first)
         else:
             save.join()  # it holds tensors: not to be freed by a thread while the interpreter ends
-        failure, fatal = self.topology.from_rank_zero(
-            (save.failure, save.fatal) if self.topology.rank == 0 else None
-        )
+        failure, fatal = self.topology.from_rank_zero((save.failure, save.fatal) if self.topology.rank == 0 else None)
         self._last_failure = failure
         if failure is None:
             return
@@ -150,14 +146,11 @@ class Checkpointer:
         """
         self.wait()
         if self._mirroring is not None and not self._mirroring.wait(COPY_SECONDS):
-            self._warn(
-                f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up"
-            )
+            self._warn(f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up")
         if self._last_failure is not None:
             raise PolicyStop(
                 f"the last checkpoint could not be written ({self._last_failure}):"
-                " the steps since the one before it are lost;"
-                f" see to {self.folder} and start the run again"
+                f" the steps since the one before it are lost; see to {self.folder} and start the run again"
             )
 
     def close(self, seconds: float = 60.0) -> None:
@@ -189,9 +182,7 @@ class Checkpointer:
 class _Save(threading.Thread):
     """One checkpoint on its way to the disk, on one rank."""
 
-    def __init__(
-        self, owner: Checkpointer, target: Path, token: str, pieces: list[Piece], state: dict[str, Any]
-    ):
+    def __init__(self, owner: Checkpointer, target: Path, token: str, pieces: list[Piece], state: dict[str, Any]):
         super().__init__(name=f"saving {target.name}", daemon=True)
         self.target, self.writing = target, target.with_name(f"{target.name}{WRITING}.{token}")
         self.failure: str | None = None

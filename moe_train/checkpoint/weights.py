@@ -58,15 +58,12 @@ class WeightsReader:
         self.config = ModelConfig.model_validate(self.state["model"])
         self._metadata = read_metadata(self.path)
         stored = self._metadata.state_dict_metadata
-        self.shapes = {
-            key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)
-        }
+        self.shapes = {key[len(PREFIX) :]: tuple(value.size) for key, value in stored.items() if key.startswith(PREFIX)}
         self._dtypes = {name: stored[PREFIX + name].properties.dtype for name in self.shapes}
         if set(self.shapes) != set(self.config.parameter_shapes()):
             odd = sorted(set(self.shapes) ^ set(self.config.parameter_shapes()))
             raise DamagedError(
-                f"{self.path}: the weights are not those of its model's config:"
-                f" {odd[0]} and {len(odd) - 1} more"
+                f"{self.path}: the weights are not those of its model's config: {odd[0]} and {len(odd) - 1} more"
             )
 
     @property
@@ -161,12 +158,8 @@ def write_entries(
         flush(path.parent)
     except BaseException as error:
         shutil.rmtree(writing, ignore_errors=True)
-        if (
-            isinstance(error, OSError) and error.errno in _NOT_WRITABLE
-        ):  # not what the source of the tensors may raise
-            raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): choose another folder"
-            ) from None
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:  # not what the source of the tensors may raise
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another folder") from None
         raise
 
 

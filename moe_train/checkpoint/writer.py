@@ -73,9 +73,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> Written:
 def write_metadata(folder: Path, metadata: Metadata, written: Iterable[Written]) -> dict[str, dict]:
     """Write the metadata, the index of all ranks' files; returns its entry for the manifest."""
     metadata.storage_data = {index: place for each in written for index, place in each.places.items()}
-    metadata.planner_data = {
-        key: (key,) for key in metadata.state_dict_metadata
-    }  # torch's own tools ask for it
+    metadata.planner_data = {key: (key,) for key in metadata.state_dict_metadata}  # torch's own tools ask for it
     metadata.version = _FORMAT
     with _HashingFile(folder / METADATA) as file:
         file.write(pickle.dumps(metadata, protocol=4))

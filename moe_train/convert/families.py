@@ -55,7 +55,9 @@ class Family:
     complete: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda values: None
     extra: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     unfit: Callable[[ModelConfig], str | None] = lambda config: None
-    special_ids: dict[str, int | None] = field(default_factory=lambda: {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
+    special_ids: dict[str, int | None] = field(
+        default_factory=lambda: {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    )
 
     @property
     def architecture(self) -> str:
@@ -118,9 +120,7 @@ def _complete_jetmoe(values: dict[str, Any]) -> tuple[str, str] | None:
         values.get(key) for key in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
     )
     if heads is not None and isinstance(kv, int) and isinstance(top_k, int) and heads != kv * top_k:
-        return "num_attention_heads", (
-            f"is not num_key_value_heads {kv} x num_experts_per_tok {top_k} = {kv * top_k}"
-        )
+        return "num_attention_heads", (f"is not num_key_value_heads {kv} x num_experts_per_tok {top_k} = {kv * top_k}")
     if isinstance(values["aux_loss_coef"], int | float):
         values.setdefault(Z_COEF_KEY, values["aux_loss_coef"] / 10)  # as the authors weight it
     return None
@@ -378,8 +378,9 @@ OLMOE = Family(
         "router_aux_loss_coef": 0.01,
     },
     must_be=_PLAIN,
-    tensors=lambda config: _attention_tensors(config)
-    | _expert_tensors(config, "mlp", "gate_proj", "up_proj", "down_proj"),
+    tensors=lambda config: (
+        _attention_tensors(config) | _expert_tensors(config, "mlp", "gate_proj", "up_proj", "down_proj")
+    ),
     synonyms={"num_local_experts": "num_experts"},
     complete=_complete_olmoe,
     extra=lambda config: {"attention_bias": False, "clip_qkv": None, "output_router_logits": False},

@@ -119,9 +119,7 @@ def _with_one_name_each(values: dict[str, Any], family: Family, source: str) -> 
             continue
         given = values.pop(synonym)
         if values.setdefault(name, given) != given:
-            raise UserError(
-                f"{source}: {synonym}: {given!r} contradicts {name}: {values[name]!r}; they mean the same"
-            )
+            raise UserError(f"{source}: {synonym}: {given!r} contradicts {name}: {values[name]!r}; they mean the same")
     return values
 
 
@@ -156,9 +154,7 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
     own = [config.router_of(part) for part in ("mlp", "attention") if getattr(config, part).num_experts]
     parts = config.model_dump() | {"router": (own or [config.router])[0].model_dump()}
     parts = {key: value if isinstance(value, dict) else {"": value} for key, value in parts.items()}
-    return {
-        f"{part}.{name}" if name else part: value for part, inner in parts.items() for name, value in inner.items()
-    }
+    return {f"{part}.{name}" if name else part: value for part, inner in parts.items() for name, value in inner.items()}
 
 
 def _routers_differ(config: ModelConfig) -> str | None:

@@ -56,9 +56,7 @@ class FolderReader:
             ((folder / name, many) for name, many in _LAYOUTS if (folder / name).is_file()), (None, False)
         )
         if index is None:
-            raise UserError(
-                f"{folder}: holds no weights; one of {', '.join(name for name, _ in _LAYOUTS)} is needed"
-            )
+            raise UserError(f"{folder}: holds no weights; one of {', '.join(name for name, _ in _LAYOUTS)} is needed")
         listed: dict[str, str] = {}
         files = [index]
         if sharded:
@@ -66,9 +64,7 @@ class FolderReader:
             files = [folder / name for name in sorted(set(listed.values()))]
             missing = [path.name for path in files if not path.is_file()]
             if missing or not files:
-                raise UserError(
-                    f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}"
-                )
+                raise UserError(f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}")
         self._files = [_SafetensorsFile(p) if p.suffix == ".safetensors" else _PickleFile(p) for p in files]
         self._where: dict[str, _SafetensorsFile | _PickleFile] = {}
         for file in self._files:
@@ -117,9 +113,7 @@ class _PickleFile:
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         except Exception as error:  # unpickling raises whatever it meets
             reason = str(error).strip().split("\n")[0]
-            raise DamagedError(
-                f"{path}: is not a file of tensors that torch.load reads safely ({reason})"
-            ) from None
+            raise DamagedError(f"{path}: is not a file of tensors that torch.load reads safely ({reason})") from None
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -157,9 +151,7 @@ class FolderWriter:
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards, start=1):
-            file_name = (
-                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            )
+            file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._unnamed(number).chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
             self._unnamed(number).rename(self.folder / file_name)
             weight_map.update(dict.fromkeys(names, file_name))

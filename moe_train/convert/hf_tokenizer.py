@@ -29,9 +29,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
 
 
-def export_tokenizer(
-    path: Path | None, out: Path, max_length: int
-) -> tuple[dict[str, int | None] | None, str | None]:
+def export_tokenizer(path: Path | None, out: Path, max_length: int) -> tuple[dict[str, int | None] | None, str | None]:
     """Write the tokenizer at ``path`` into the Hugging Face folder ``out``.
 
     Returns the ids bos_token_id, eos_token_id and pad_token_id (None without a tokenizer), and a remark for the
@@ -59,9 +57,7 @@ def export_tokenizer(
                 "add_bos_token": False,
                 "add_eos_token": False,
             }
-            remark = (
-                "the tokenizer is not a plain BPE model: transformers' conversion of it may differ in details"
-            )
+            remark = "the tokenizer is not a plain BPE model: transformers' conversion of it may differ in details"
     write_json(out / "tokenizer_config.json", config | tokens)
     write_json(out / "special_tokens_map.json", tokens)
     return ids, remark

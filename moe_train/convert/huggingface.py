@@ -58,8 +58,8 @@ class HuggingFaceModel:
     Every tensor of the folder must be one of the model's, with its shape, and the other way round.
 
     Attributes:
-        config: its model; ``names``: every parameter, in the order of the model; ``dtypes``: by name; ``tokenizer``: its
-            tokenizer's file, if it has one that is usable here; ``num_tensors``: of the folder.
+        config: its model; ``names``: every parameter, in the order of the model; ``dtypes``: by name; ``tokenizer``:
+            its tokenizer's file, if it has one that is usable here; ``num_tensors``: of the folder.
 
     Raises:
         UserError: the folder's model is none that can be expressed here.
@@ -140,8 +140,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
                 writer.add(part.hf_name, theirs.clone() if part.index else theirs)  # safetensors takes no views
         writer.close()
     print(
-        f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())},"
-        f" {reader.config.num_parameters():,} parameters"
+        f"{out}: {len(pairs)} tensors in {_dtype_names(dtypes.values())}, {reader.config.num_parameters():,} parameters"
     )
     if remark:
         print(f"note: {remark}")
@@ -168,9 +167,7 @@ def _dtypes(reader: FolderReader, pairs: list[Counterpart], source: Path) -> dic
     return dtypes
 
 
-def _account_for_all(
-    reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path
-) -> None:
+def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path) -> None:
     """Every tensor there has its place here and every parameter here its tensor there, in its shape."""
     wanted = {pair.hf_name: pair.hf_shape for pair in pairs}
     found = dict(reader.shapes)
@@ -187,14 +184,12 @@ def _account_for_all(
     for name in wanted:
         if name not in found:
             raise UserError(
-                f"{source}: tensor {name} is missing; config.json describes another model,"
-                " or a file is incomplete"
+                f"{source}: tensor {name} is missing; config.json describes another model, or a file is incomplete"
             )
     for name in found:
         if name not in wanted:
             raise UserError(
-                f"{source}: tensor {name} belongs to no part of the model of config.json;"
-                " nothing is dropped silently"
+                f"{source}: tensor {name} belongs to no part of the model of config.json; nothing is dropped silently"
             )
     for name, shape in wanted.items():
         if found[name] != shape:

@@ -43,9 +43,7 @@ def build(folder: Path, console: Console) -> None:
     begun = time.monotonic()
     texts: dict[str, int] = {}
     raw = corpora.build_corpora(folder / "raw", done=texts.__setitem__)
-    begun = _tell(
-        console, "text", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in texts.items()), begun
-    )
+    begun = _tell(console, "text", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in texts.items()), begun)
 
     from data_pipeline.prepare import prepare
     from data_pipeline.tokenizer import train_tokenizer

@@ -98,9 +98,7 @@ def package_files(packages: Iterable[str]) -> list[tuple[str, Path]]:
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("config-")
-        ]
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
         for name in names:
             path = Path(folder, name)
             if not name.endswith(".py") or name.startswith(("test_", "_sysconfigdata", "sitecustomize")):
@@ -172,11 +170,7 @@ def _docstring_node(node: ast.AST) -> ast.Expr | None:
     if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return None
     first = node.body[0] if node.body else None
-    if (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    ):
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return first
     return None
 

@@ -57,9 +57,7 @@ def _division(rng: Random) -> str:
     a, b = rng.randint(50, 9999), rng.randint(3, 99)
     quotient, rest = divmod(a, b)
     check = f"{b} * {quotient} = {b * quotient} and {b * quotient} + {rest} = {a}"
-    return (
-        f"Divide {a} by {b} with remainder.\n{check}\nThe quotient is {quotient} and the remainder is {rest}."
-    )
+    return f"Divide {a} by {b} with remainder.\n{check}\nThe quotient is {quotient} and the remainder is {rest}."
 
 
 def _linear_equation(rng: Random) -> str:

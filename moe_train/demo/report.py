@@ -48,9 +48,7 @@ def phase_table(rows: list[Row]) -> Table:
         tenth = max(1, len(steps) // 10)
         first, last = (fmean(row["loss"] for row in part) for part in (steps[:tenth], steps[-tenth:]))
         tokens, before = steps[-1]["tokens"] - before, steps[-1]["tokens"]
-        speed = median(
-            row["tokens_per_second"] for row in steps
-        )  # the mean would count saves and validations
+        speed = median(row["tokens_per_second"] for row in steps)  # the mean would count saves and validations
         table.add_row(str(phase), f"{tokens:,}", f"{first:.3f}", f"{last:.3f}", f"{speed:,.0f}")
     return table
 

@@ -63,9 +63,7 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
     config = load_run(RUN_FILE)
     goal = goal_of(config, tokens, more)
     if not goal.reached:
-        status = _moe_train(
-            console, "pretrain", RUN_FILE, "--nproc", str(PROCESSES), *overrides(config, goal)
-        )
+        status = _moe_train(console, "pretrain", RUN_FILE, "--nproc", str(PROCESSES), *overrides(config, goal))
         if status:
             return status
     run = Path(os.path.relpath(config.output_dir))
@@ -74,13 +72,10 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
         console.print(f"\nThe run is complete: it has seen {format_count(goal.done)} tokens.")
     else:
         console.print()
-        _moe_train(
-            console, "generate", str(run), "--prompt", PROMPT, "--max-tokens", "120", "--temperature", "0.7"
-        )
+        _moe_train(console, "generate", str(run), "--prompt", PROMPT, "--max-tokens", "120", "--temperature", "0.7")
     console.print(
         "\nGo on with it:  make demo MORE=500K  (or: python -m moe_train.demo --more 500K)"
-        f"\nWhat it feeds:  moe-train mix {RUN_FILE}"
-        f"\nStart again:    remove {run}",
+        f"\nWhat it feeds:  moe-train mix {RUN_FILE}\nStart again:    remove {run}",
         highlight=False,
     )
     return 0

@@ -99,9 +99,7 @@ def generate_rank(
         first = session.topology.rank == 0
         printer = _Printer(words, prompt, prompt_ids, echo=first and result is None)
         sampler = Sampler(temperature, top_p, seed)
-        continue_ids(
-            session, prompt_ids, max_tokens, sampler, words.eos_id, words.vocab_size, on_token=printer.add
-        )
+        continue_ids(session, prompt_ids, max_tokens, sampler, words.eos_id, words.vocab_size, on_token=printer.add)
         printer.finish()
         if first and result is not None:
             Path(result).write_text(json.dumps(printer.text), encoding="utf-8")
@@ -201,16 +199,14 @@ def _arguments(planned: Plan, prompt: str, max_tokens: int) -> dict[str, Any]:
     path = tokenizer_in(planned.checkpoint)
     if path is None:
         raise UserError(
-            f"{planned.checkpoint}: has no tokenizer; put its tokenizer.model or tokenizer.json"
-            " there to generate text"
+            f"{planned.checkpoint}: has no tokenizer; put its tokenizer.model or tokenizer.json there to generate text"
         )
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     model = planned.model
     if max(ids) >= model.vocab_size:
         raise UserError(
-            f"{path}: gives the id {max(ids)}, and the model's vocabulary has {model.vocab_size}:"
-            " it is another model's"
+            f"{path}: gives the id {max(ids)}, and the model's vocabulary has {model.vocab_size}: it is another model's"
         )
     room = model.max_sequence_length - len(ids)
     if room < 1:

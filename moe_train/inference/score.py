@@ -48,17 +48,14 @@ def score(
 def score_rank(planned: dict[str, Any], ids: str, out: str) -> int:
     """One rank of :func:`score`."""
     with open_session(planned) as session:
-        nll = score_ids(
-            session, read_ids(ids, session.config.vocab_size), progress=session.topology.rank == 0
-        )
+        nll = score_ids(session, read_ids(ids, session.config.vocab_size), progress=session.topology.rank == 0)
         if session.topology.rank == 0:
             partial = f"{out}.partial"
             with open(partial, "wb") as file:  # a file, so that savez does not add .npz to the name
                 np.savez(file, nll=nll)
             os.replace(partial, out)
             print(
-                f"{out}: {nll.shape[0]} x {nll.shape[1]} tokens,"
-                f" {nll.mean(dtype=np.float64):.4f} nats each on average"
+                f"{out}: {nll.shape[0]} x {nll.shape[1]} tokens, {nll.mean(dtype=np.float64):.4f} nats each on average"
             )
     return 0
 
@@ -77,8 +74,7 @@ def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
         raise UserError(f"--ids {path}: holds {ids.dtype}, not whole numbers; save for example int32")
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise UserError(
-            f"--ids {path}: has the shape {list(ids.shape)}; [batch, sequence] with 2 tokens a row"
-            " or more is needed"
+            f"--ids {path}: has the shape {list(ids.shape)}; [batch, sequence] with 2 tokens a row or more is needed"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:

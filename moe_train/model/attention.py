@@ -2,13 +2,15 @@
 
 Mixture of attention heads (JetMoE eq. 5-9): for each token the router picks k experts. Each computes a query for all n
 heads; every query attends to the shared keys and values of the sequence; each result goes back to its expert's output
-projection; the gates weight the outputs. Under tensor parallelism whole experts project the queries of this rank's tokens; an
-all-to-all over the tensor ranks turns [part of the sequence, all heads] into [whole sequence, part of the heads], and back
-after the attention. Keys and values come from a column-parallel layer, which gathers the sequence anyway.
+projection; the gates weight the outputs. Under tensor parallelism whole experts project the queries of this rank's
+tokens; an all-to-all over the tensor ranks turns [part of the sequence, all heads] into [whole sequence, part of the
+heads], and back after the attention. Keys and values come from a column-parallel layer, which gathers the sequence
+anyway.
 
 Grouped-query attention (Ainslie et al., arXiv 2305.13245): one column-parallel layer for queries, keys and values, a
 row-parallel one for the output; a tensor rank has whole groups.
 """
+
 from __future__ import annotations
 
 import torch
@@ -31,12 +33,15 @@ class MixtureOfAttention(torch.nn.Module):
     def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
         attention, hidden = config.attention, config.hidden_size
-        experts, width, sharded, dtype = attention.num_experts, attention.width, options.sharded_attention, options.dtype
+        experts, width = attention.num_experts, attention.width
+        sharded, dtype = options.sharded_attention, options.dtype
         kernels = kernels_of(options)
         self.top_k, self.head_dim = attention.top_k, attention.head_dim
         self.tensor_ranks = topology.layout.tensor
         self.local_heads = attention.num_kv_heads // self.tensor_ranks
-        self.router = Router(f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype)
+        self.router = Router(
+            f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype
+        )
         multiple = row_multiple(options.fp8_recipe)
         self.dispatcher = DISPATCHERS[options.dispatcher](experts, engine, topology, sharded, multiple)
         self.query = kernels.grouped_linear(f"{name}.query", experts, hidden, width, engine, topology, sharded)

@@ -1,4 +1,5 @@
 """What every kind of attention does once it has queries, keys and values: turn, remember, attend."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 
 from moe_train.model.rope import rotate
 from moe_train.model.router import Tokens
-
 
 CACHE_STEP = 256
 """Tokens by which a cache grows: copying it for each of them would cost more than the attention over it."""
@@ -54,7 +54,9 @@ def attend(
         seen = cache.extend(k_sbnd[: tokens.length], v_sbnd[: tokens.length])
         if not first:  # one new token: it may look at everything
             return _attention(q_sbngd, *seen, causal=False)
-    return core(q_sbngd, k_sbnd, v_sbnd) if tokens.mask is None else _attention(q_sbngd, k_sbnd, v_sbnd, mask=tokens.mask)
+    return (
+        core(q_sbngd, k_sbnd, v_sbnd) if tokens.mask is None else _attention(q_sbngd, k_sbnd, v_sbnd, mask=tokens.mask)
+    )
 
 
 def causal_attention(q_sbngd: torch.Tensor, k_sbnd: torch.Tensor, v_sbnd: torch.Tensor) -> torch.Tensor:
@@ -71,6 +73,7 @@ def _attention(q_sbngd, k_sbnd, v_sbnd, *, causal: bool = False, mask: torch.Ten
             q_bngsd.flatten(1, 2), k_bnsd, v_bnsd, is_causal=causal, enable_gqa=group > 1
         )
     else:
-        # The group as more positions of one head: of the fused kernels only cuDNN's takes a mask and grouped queries at once.
+        # The group as more positions of one head: of the fused kernels only cuDNN's takes a mask and grouped queries at
+        # once.
         o_bhsd = F.scaled_dot_product_attention(q_bngsd.flatten(2, 3), k_bnsd, v_bnsd, attn_mask=mask)
     return o_bhsd.view(q_bngsd.shape).permute(3, 0, 1, 2, 4)

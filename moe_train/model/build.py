@@ -1,4 +1,5 @@
 """From a model config and a topology to this rank's part of the model."""
+
 from __future__ import annotations
 
 import torch
@@ -16,8 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 def engine_config(config: ModelConfig, topology: Topology, options: ModelOptions) -> TransformerConfig:
     """What megatron-core's layers, dispatcher, schedules and data parallelism need to know.
 
-    Only the engine reads it; the network itself is built from ``config``. Weights are initialised by us, so megatron-core
-    is told not to.
+    Only the engine reads it; the network itself is built from ``config``. Weights are initialised by us, so
+    megatron-core is told not to.
     """
     layout = topology.layout
     virtual, dtype, recipe = topology.virtual_stages > 1, options.dtype, options.fp8_recipe
@@ -49,10 +50,12 @@ def engine_config(config: ModelConfig, topology: Topology, options: ModelOptions
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         variable_seq_lengths=False,
-        # With two pipeline ranks previous and next are the same peer and batched messages of virtual stages would cross.
+        # With two pipeline ranks previous and next are the same peer and batched messages of virtual stages would
+        # cross.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
-        # Streams wait for each message; that the host waits for the device too is, so megatron-core, for older versions of torch.
+        # Streams wait for each message; that the host waits for the device too is, so megatron-core, for older versions
+        # of torch.
         batch_p2p_sync=False,
     )
 

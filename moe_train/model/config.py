@@ -18,17 +18,14 @@ from moe_train.model.router_config import RouterConfig
 def _check_top_k(top_k: int, info: ValidationInfo) -> int:
     experts = info.data.get("num_experts", top_k)  # absent when it was itself refused
     if top_k > experts:
-        raise ValueError(
-            f"top_k {top_k} is more than num_experts {experts}; the nearest that would do: {experts}"
-        )
+        raise ValueError(f"top_k {top_k} is more than num_experts {experts}; the nearest that would do: {experts}")
     return top_k
 
 
 def _check_even(head_dim: int) -> int:
     if head_dim % 2:
         raise ValueError(
-            f"head_dim {head_dim} is odd, and rotary embeddings turn pairs;"
-            f" the nearest that would do: {head_dim + 1}"
+            f"head_dim {head_dim} is odd, and rotary embeddings turn pairs; the nearest that would do: {head_dim + 1}"
         )
     return head_dim
 

@@ -2,6 +2,7 @@
 
 A document starts at the first position of a window and after every end-of-document token.
 """
+
 from __future__ import annotations
 
 import torch

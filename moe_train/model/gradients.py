@@ -1,10 +1,12 @@
 """Weight gradients added straight to the buffer that data parallelism reduces.
 
-megatron-core's DDP gives each parameter a ``main_grad``, a view of that buffer, and adds ``param.grad`` to it after the backward
-of each micro-batch. A matrix product that accumulates in place saves that pass over memory. It then returns no gradient and calls
-:func:`added_to_main_grad`: DDP, which takes a ``param.grad`` for the sign that the gradient is there and where it overlaps its
-reduction with the backward insists on one, finds a marker without memory of its own and leaves it alone.
+megatron-core's DDP gives each parameter a ``main_grad``, a view of that buffer, and adds ``param.grad`` to it after the
+backward of each micro-batch. A matrix product that accumulates in place saves that pass over memory. It then returns no
+gradient and calls
+:func:`added_to_main_grad`: DDP, which takes a ``param.grad`` for the sign that the gradient is there and where it
+overlaps its reduction with the backward insists on one, finds a marker without memory of its own and leaves it alone.
 """
+
 from __future__ import annotations
 
 import functools
@@ -36,7 +38,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 @functools.cache
 def _adds_to_fp32() -> bool:
-    """Whether this torch's product of bf16 matrices on a GPU can be added to an fp32 one: not all that know ``out_dtype`` can."""
+    """Whether this torch's product of bf16 matrices on a GPU can be added to an fp32 one: not all that know
+    ``out_dtype`` can."""
     ones, total = (torch.ones(16, 16, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32))
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)

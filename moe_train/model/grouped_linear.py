@@ -4,6 +4,7 @@ Three ways to compute the same thing. :func:`grouped_linear_reference` is the de
 differentiates. On a CPU the loop writes into one output and accumulates weight gradients in place. On a GPU torch's
 grouped matrix product does all experts in one kernel, in bf16 and for sizes it can take; the loop does the rest.
 """
+
 from __future__ import annotations
 
 import torch
@@ -68,21 +69,22 @@ def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, counts: list
 
 
 def suits_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether torch's grouped product takes these: it is bf16 on a GPU, wants rows of whole 16 bytes, and some rows at all."""
+    """Whether torch's grouped product takes these: it is bf16 on a GPU, wants rows of whole 16 bytes, and some rows at
+    all."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     return hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned and len(x) > 0
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-    """torch's grouped matrix product, which asks the host nothing. There are no rows beyond those of the experts, which it would
-    leave uninitialised."""
+    """torch's grouped matrix product, which asks the host nothing. There are no rows beyond those of the experts, which
+    it would leave uninitialised."""
     return _GroupedMM.apply(x, weight, rows)
 
 
 class _GroupedMM(torch.autograd.Function):
-    """The grouped product gives weight gradients in the precision of its operands. Where the host knows the counts (it does with
-    expert parallelism) each expert's product is added to the fp32 ``main_grad`` by itself: 8 bytes of memory traffic a weight for
-    12, and nothing is rounded."""
+    """The grouped product gives weight gradients in the precision of its operands. Where the host knows the counts (it
+    does with expert parallelism) each expert's product is added to the fp32 ``main_grad`` by itself: 8 bytes of memory
+    traffic a weight for 12, and nothing is rounded."""
 
     @staticmethod
     def forward(ctx, x, weight, rows):

@@ -1,9 +1,10 @@
 """The language-model head and its loss, without the logits of a whole micro-batch in memory.
 
 The loss of :class:`VocabularyHead` is computed chunk by chunk of tokens: logits, softmax statistics (reduced over the
-tensor ranks that share the vocabulary), and at once the gradients of input and weight, so that neither logits nor probabilities are
-kept. Rows of padding in the vocabulary take no part.
+tensor ranks that share the vocabulary), and at once the gradients of input and weight, so that neither logits nor
+probabilities are kept. Rows of padding in the vocabulary take no part.
 """
+
 from __future__ import annotations
 
 import torch
@@ -26,7 +27,8 @@ class VocabularyHead:
         self.valid = max(0, min(len(weight), vocab_size - self.first))
 
     def loss(self, x_sbh: torch.Tensor, labels_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[s, B, H]`` and labels ``[B, S]`` to the mean loss (nats per token) and each token's, ``[B, S]`` detached."""
+        """``[s, B, H]`` and labels ``[B, S]`` to the mean loss (nats per token) and each token's, ``[B, S]``
+        detached."""
         x_nh, shape = self._whole_sequence(x_sbh)
         length = labels_bs.shape[1]
         x_nh = x_nh[: length * shape[1]]  # positions of padding come last
@@ -34,7 +36,8 @@ class VocabularyHead:
         return loss, nll.view(length, -1).t()
 
     def logits(self, x_sbh: torch.Tensor, length: int, first: int = 0) -> torch.Tensor:
-        """``[s, B, H]`` to the fp32 logits of positions ``first`` to ``length``, ``[B, length - first, V]``, on every tensor rank."""
+        """``[s, B, H]`` to the fp32 logits of positions ``first`` to ``length``, ``[B, length - first, V]``, on every
+        tensor rank."""
         x_nh, (_, batch) = self._whole_sequence(x_sbh)
         logits = gather_from_tensor_model_parallel_region(x_nh[first * batch : length * batch] @ self.weight.t())
         return logits[:, : self.vocab_size].float().view(length - first, batch, -1).transpose(0, 1)
@@ -82,8 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy_in_place(logits, labels, head: VocabularyHead, count: int | None):
-    """Of logits ``[n, V / TP]`` the negative log-likelihoods ``[n]``, and with a ``count`` of tokens the gradient of their
-    mean by the logits, in the precision of these. One fp32 tensor of the logits' shape, written over again and again."""
+    """Of logits ``[n, V / TP]`` the negative log-likelihoods ``[n]``, and with a ``count`` of tokens the gradient of
+    their mean by the logits, in the precision of these. One fp32 tensor of the logits' shape, written over again and
+    again."""
     dtype, logits = logits.dtype, logits.float()
     ours = (labels >= 0) & (labels < head.valid)
     at = labels.clamp(0, max(head.valid - 1, 0))[:, None]
@@ -107,7 +111,8 @@ def _cross_entropy_in_place(logits, labels, head: VocabularyHead, count: int | N
 
 
 def _cross_entropy_fused(logits, labels, head: VocabularyHead, count: int | None):
-    """The same in passes that each read the logits as they are and write no other tensor of their size but the gradient."""
+    """The same in passes that each read the logits as they are and write no other tensor of their size but the
+    gradient."""
     top = head.topology.max_over_tensor_ranks(_largest(logits))
     total, target = head.topology.sum_over_tensor_ranks(_total_and_target(logits, labels, top))
     return total.log() - target, None if count is None else _gradient(logits, labels, top, total, 1 / count)
@@ -120,7 +125,8 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 
 @fused(rows=True)
 def _total_and_target(logits: torch.Tensor, labels: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """``[2, n]``: the sum of the exponentials, and the logit of the label where it is on this rank; both below ``top``."""
+    """``[2, n]``: the sum of the exponentials, and the logit of the label where it is on this rank; both below
+    ``top``."""
     at = labels.clamp(0, logits.shape[1] - 1)[:, None]
     target = (logits.gather(1, at)[:, 0].float() - top) * (at[:, 0] == labels)
     return torch.stack([(logits.float() - top[:, None]).exp().sum(dim=1), target])

@@ -1,4 +1,5 @@
 """The parts of a layer of which there are two: from torch and megatron-core alone, and from Transformer Engine."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from parallel.placement import Placement
 
 
 class Scales(NamedTuple):
-    """What delayed FP8 scaling remembers of some products' operands: ``kind`` says what, ``placement`` of which products of the
-    weight it is named after, with replica 0 where it is to be written; ``tensor`` is a view of it."""
+    """What delayed FP8 scaling remembers of some products' operands: ``kind`` says what, ``placement`` of which
+    products of the weight it is named after, with replica 0 where it is to be written; ``tensor`` is a view of it."""
 
     kind: str
     placement: Placement
@@ -27,13 +28,14 @@ class Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What makes each part. Both sets take the same arguments and place the same parameters, so that a checkpoint of one loads
-    into the other.
+    """What makes each part. Both sets take the same arguments and place the same parameters, so that a checkpoint of
+    one loads into the other.
 
     ``norm(name, size, eps, topology, dtype)``; ``column_parallel`` and ``row_parallel(name, global_shape, ..., engine,
     topology)`` as in :mod:`moe_train.model.linear`; ``grouped_linear(name, num_experts, in, out, engine, topology,
-    sharded)``; ``attention(engine, topology)`` makes a causal attention over ``[S, B, n, g, d]`` queries; ``recompute(engine,
-    function, x)`` is ``function(x)`` of which nothing but x is kept for the backward; ``scales(model)`` is what FP8 remembers.
+    sharded)``; ``attention(engine, topology)`` makes a causal attention over ``[S, B, n, g, d]`` queries;
+    ``recompute(engine, function, x)`` is ``function(x)`` of which nothing but x is kept for the backward;
+    ``scales(model)`` is what FP8 remembers.
     """
 
     norm: Callable[..., torch.nn.Module]

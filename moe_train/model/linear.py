@@ -3,6 +3,7 @@
 Input and output of such a pair of layers are this rank's part of the sequence; between the two lie the whole sequence
 and a part of the channels.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,7 +21,8 @@ def column_parallel(
     """``[s, B, H] -> [S, B, this rank's outputs]``; gathers the sequence.
 
     ``global_shape`` is that of ``name.weight``, the outputs in any number of dimensions and then H; dimension ``split``
-    of the outputs is divided over the tensor ranks. ``make`` is megatron-core's class, with Transformer Engine or without.
+    of the outputs is divided over the tensor ranks. ``make`` is megatron-core's class, with Transformer Engine or
+    without.
     """
     *outputs, hidden = global_shape
     layer = make(

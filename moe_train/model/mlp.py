@@ -4,6 +4,7 @@ sequence on this tensor rank.
 The mixture (JetMoE eq. 3, 4) is ``sum_s gate_s * expert_s(x) + bias``, dropless. With ``recompute: selective`` nothing
 inside of an MLP is kept for the backward: the widest activations of the model are computed again.
 """
+
 from __future__ import annotations
 
 import torch
@@ -21,8 +22,8 @@ from parallel.transformer_engine import row_multiple
 
 
 class MixtureOfMLP(torch.nn.Module):
-    """Experts of which each token uses some. What lies between the two trips is computed again from the dispatched rows,
-    without another exchange.
+    """Experts of which each token uses some. What lies between the two trips is computed again from the dispatched
+    rows, without another exchange.
     """
 
     def __init__(self, name: str, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
@@ -31,7 +32,9 @@ class MixtureOfMLP(torch.nn.Module):
         kernels = kernels_of(options)
         self.engine, self.recompute = engine, kernels.recompute if options.recompute == "selective" else None
         self.activation = mlp.activation
-        self.router = Router(f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router_of("mlp"), topology, dtype)
+        self.router = Router(
+            f"{name}.router", hidden, mlp.num_experts, mlp.top_k, config.router_of("mlp"), topology, dtype
+        )
         multiple = row_multiple(options.fp8_recipe)
         self.dispatcher = DISPATCHERS[options.dispatcher](mlp.num_experts, engine, topology, row_multiple=multiple)
         experts, ffn = mlp.num_experts, mlp.ffn_hidden_size

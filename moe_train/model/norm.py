@@ -1,4 +1,5 @@
 """RMS normalisation, in the order of JetMoE: computed in fp32, cast back, then scaled by the weight."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """How a model is built, apart from what it computes."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ class ModelOptions:
     too. ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to
     follow. ``document_end``: the token that ends a document, where attention and positions are to restart after it;
     None: a window is one sequence. ``dispatcher``: how tokens get to the experts of other ranks, ``alltoall``,
-    ``allgather`` or ``flex``. ``kernels``: ``torch`` or ``transformer_engine`` (:mod:`moe_train.model.kernels`); ``fp8_recipe``: how the latter multiplies in FP8, or None.
+    ``allgather`` or ``flex``. ``kernels``: ``torch`` or ``transformer_engine`` (:mod:`moe_train.model.kernels`);
+    ``fp8_recipe``: how the latter multiplies in FP8, or None.
     """
 
     dtype: torch.dtype = torch.float32

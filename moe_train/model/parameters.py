@@ -1,8 +1,10 @@
 """Parameters whose first values do not depend on the layout.
 
-A parameter is a rectangle of a global tensor. Its values are drawn in blocks of rows, each block from a generator seeded
-with (seed, global name, block): any rank can draw just the rows it holds, and every layout starts from the same model.
+A parameter is a rectangle of a global tensor. Its values are drawn in blocks of rows, each block from a generator
+seeded with (seed, global name, block): any rank can draw just the rows it holds, and every layout starts from the same
+model.
 """
+
 from __future__ import annotations
 
 import math
@@ -38,13 +40,15 @@ def new_parameter(
 
 
 def sequence_parallel(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark a parameter that every tensor rank applies to its own part of the sequence: its gradients are summed over them."""
+    """Mark a parameter that every tensor rank applies to its own part of the sequence: its gradients are summed over
+    them."""
     parameter.sequence_parallel = True
     return parameter
 
 
 def expert_parallel(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark the weights of experts: replicas are the expert-data-parallel ranks, and no tensor rank holds a duplicate."""
+    """Mark the weights of experts: replicas are the expert-data-parallel ranks, and no tensor rank holds a
+    duplicate."""
     parameter.allreduce = False
     parameter.tensor_model_parallel = True
     return parameter

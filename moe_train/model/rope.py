@@ -1,4 +1,5 @@
 """Rotary position embedding, half-rotation form, over the full head dimension."""
+
 from __future__ import annotations
 
 import functools
@@ -8,7 +9,9 @@ import torch
 from parallel.fuse import fused
 
 
-def rotary_table(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of ``positions`` ``[S]`` or ``[S, B]``, each ``[*positions.shape, head_dim / 2]``.
 
     Angles in fp32, then cast to ``dtype`` as JetMoE does.
@@ -19,7 +22,8 @@ def rotary_table(positions: torch.Tensor, head_dim: int, theta: float, dtype: to
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate ``x`` ``[S, ..., d]`` by the angle of its position (first dimension), or ``[S, B, ..., d]`` of positions ``[S, B]``."""
+    """Rotate ``x`` ``[S, ..., d]`` by the angle of its position (first dimension), or ``[S, B, ..., d]`` of positions
+    ``[S, B]``."""
     cos, sin = (t.view(*t.shape[:-1], *[1] * (x.dim() - t.dim()), -1) for t in table)
     return _Rotate.apply(x, cos, sin)
 

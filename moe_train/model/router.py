@@ -24,8 +24,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moe_train.model.balance import LOSSES
 from moe_train.model.capacity import capacity, within_capacity
-from moe_train.model.router_config import RouterConfig
 from moe_train.model.parameters import new_parameter, output_bias, sequence_parallel
+from moe_train.model.router_config import RouterConfig
 from parallel.fuse import fused
 from parallel.topology import Topology
 
@@ -111,14 +111,20 @@ class Router(torch.nn.Module):
         groups = tokens.sequences if self.config.scope == "sequence" else 1
         rule = (self.top_k, self.config.renormalize, self.config.logit_scale if self.config.normalize_logits else None)
         with_losses = self.training and torch.is_grad_enabled()
-        if self.training or torch.is_grad_enabled():  # by one kernel in the first pass and in a recomputation: ties break alike
+        # by one kernel in the first pass and in a recomputation: ties break alike
+        if self.training or torch.is_grad_enabled():
             gates_tk, experts_tk, *sums = _Choice.apply(logits_te, *rule, valid, groups)
         else:
             gates_tk, experts_tk = choose(logits_te, *rule)
         sent_tk = None
         if self.training and self.config.drop_by is not None:
             sent_tk = within_capacity(
-                experts_tk, self._scores(logits_te).softmax(-1), self._capacity(tokens), self.config.drop_by, valid, self.topology
+                experts_tk,
+                self._scores(logits_te).softmax(-1),
+                self._capacity(tokens),
+                self.config.drop_by,
+                valid,
+                self.topology,
             )
             gates_tk = gates_tk.masked_fill(~sent_tk, 0.0)
         if with_losses:
@@ -135,8 +141,8 @@ class Router(torch.nn.Module):
     def _losses(
         self, z_sum: torch.Tensor, probability_ge: torch.Tensor, counts_ge: torch.Tensor, count: int
     ) -> Observation:
-        """This rank's part of both losses of ``count`` tokens: over the tensor ranks the parts add up to the loss of the
-        micro-batch."""
+        """This rank's part of both losses of ``count`` tokens: over the tensor ranks the parts add up to the loss of
+        the micro-batch."""
         local_counts = counts_ge.sum(0)
         counts_ge = self.topology.sum_over_tensor_ranks(counts_ge)
         z = z_sum / count
@@ -170,8 +176,8 @@ def _sharpness(scores_te: torch.Tensor) -> torch.Tensor:
 
 
 class _Choice(torch.autograd.Function):
-    """Logits ``[T, E]`` to gates and experts ``[T, k]``, the sum of ``logsumexp^2``, and by group of the ``valid`` tokens
-    the sums of the probabilities and the counts of the choices, ``[G, E]`` both."""
+    """Logits ``[T, E]`` to gates and experts ``[T, k]``, the sum of ``logsumexp^2``, and by group of the ``valid``
+    tokens the sums of the probabilities and the counts of the choices, ``[G, E]`` both."""
 
     @staticmethod
     def forward(ctx, logits_te, top_k, renormalize, scale, valid, groups):
@@ -241,7 +247,9 @@ def _chosen(experts_tk: torch.Tensor, like_te: torch.Tensor, values_tk: torch.Te
     return chosen_tke.sum(1) if values_tk is None else (chosen_tke * values_tk[:, :, None]).sum(1)
 
 
-def _choice_gradient(grad_gates_tk, grad_z, grad_probability_ge, logits_te, experts_tk, renormalize, scale, valid, groups):
+def _choice_gradient(
+    grad_gates_tk, grad_z, grad_probability_ge, logits_te, experts_tk, renormalize, scale, valid, groups
+):
     logits32_te = logits_te.float()
     scores_te = _scores(logits_te, scale)
     probability_te = scores_te.softmax(dim=-1)
@@ -262,7 +270,9 @@ def _choice_gradient(grad_gates_tk, grad_z, grad_probability_ge, logits_te, expe
         deviation_te = logits32_te - logits32_te.mean(dim=-1, keepdim=True)
         rstd_t1 = (deviation_te.square().mean(dim=-1, keepdim=True) + NORMALIZE_EPS).rsqrt()
         normal_te = deviation_te * rstd_t1
-        grad_te = grad_te - grad_te.mean(dim=-1, keepdim=True) - normal_te * (grad_te * normal_te).mean(dim=-1, keepdim=True)
+        grad_te = (
+            grad_te - grad_te.mean(dim=-1, keepdim=True) - normal_te * (grad_te * normal_te).mean(dim=-1, keepdim=True)
+        )
         grad_te = grad_te * (scale * rstd_t1)
         probability_te = logits32_te.softmax(dim=-1)
     log_total_t1 = logits32_te.logsumexp(dim=-1, keepdim=True)

@@ -1,4 +1,5 @@
 """The network, or the chunk of it that one pipeline stage holds. What a layer is made of, the config says by kind."""
+
 from __future__ import annotations
 
 import torch
@@ -44,10 +45,11 @@ class Layer(torch.nn.Module):
 class Transformer(MegatronModule):
     """One stage of the network.
 
-    Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else fp32 logits
-    ``[B, S, V]`` (``last_only``: ``[B, 1, V]``, those after the last token); on an earlier stage hidden states
-    ``[S / TP, B, H]`` for the next. Stages after the first take their input through :meth:`set_input_tensor`, as megatron-core's schedules hand it over, but still need the ids
-    for their shape. Any S will do: under sequence parallelism it is padded to a multiple of the tensor ranks inside.
+    Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else
+    fp32 logits ``[B, S, V]`` (``last_only``: ``[B, 1, V]``, those after the last token); on an earlier stage hidden
+    states ``[S / TP, B, H]`` for the next. Stages after the first take their input through :meth:`set_input_tensor`, as
+    megatron-core's schedules hand it over, but still need the ids for their shape. Any S will do: under sequence
+    parallelism it is padded to a multiple of the tensor ranks inside.
     """
 
     def __init__(self, config: ModelConfig, engine, topology: Topology, options: ModelOptions, virtual_stage: int = 0):
@@ -67,7 +69,9 @@ class Transformer(MegatronModule):
             for index in topology.stage_layers(config.num_layers, virtual_stage)
         )
         if self.post_process:
-            self.final_norm = self.kernels.norm("final_norm", config.hidden_size, config.norm_eps, topology, options.dtype)
+            self.final_norm = self.kernels.norm(
+                "final_norm", config.hidden_size, config.norm_eps, topology, options.dtype
+            )
             self.head = VocabularyHead(self._head_weight(), config.vocab_size, topology)
         if options.initialize and topology.device.type != "meta":
             for parameter in self.parameters():
@@ -157,7 +161,8 @@ class Transformer(MegatronModule):
         return embedding
 
     def _head_weight(self) -> torch.nn.Parameter:
-        """The head's weight: the embedding itself where both are on this stage and tied, else a parameter of its own."""
+        """The head's weight: the embedding itself where both are on this stage and tied, else a parameter of its
+        own."""
         tied = self.model_config.tie_embeddings
         if tied and self.pre_process:
             return self.embedding.weight

@@ -1,9 +1,10 @@
 """Layers of Transformer Engine, through megatron-core's wrappers, with our parameters' names and placement.
 
-Inside of an FP8 context (:func:`parallel.transformer_engine.precision_context`) the linear layers, grouped ones included, multiply
-in FP8; the attention itself stays in the model's precision, and so do routers and head, which are not from here. Weight
-gradients go straight into the fp32 buffer that data parallelism reduces.
+Inside of an FP8 context (:func:`parallel.transformer_engine.precision_context`) the linear layers, grouped ones
+included, multiply in FP8; the attention itself stays in the model's precision, and so do routers and head, which are
+not from here. Weight gradients go straight into the fp32 buffer that data parallelism reduces.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ from parallel.topology import Topology
 from parallel.transformer_engine import precision_context
 
 
-def norm(name: str, size: int, eps: float, topology: Topology, dtype: torch.dtype, split: bool = False) -> torch.nn.Module:
+def norm(
+    name: str, size: int, eps: float, topology: Topology, dtype: torch.dtype, split: bool = False
+) -> torch.nn.Module:
     """RMS norm over the last dimension, scaled before it is cast. Over channels that are ``split`` it is ours."""
     if split:
         return RMSNorm(name, size, eps, topology, dtype, split)
@@ -45,7 +48,14 @@ class GroupedLinear(torch.nn.Module):
     """As :class:`moe_train.model.grouped_linear.GroupedLinear`; the weight of each expert is a parameter of its own."""
 
     def __init__(
-        self, name: str, num_experts: int, in_features: int, out_features: int, engine, topology: Topology, sharded: bool = True
+        self,
+        name: str,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        engine,
+        topology: Topology,
+        sharded: bool = True,
     ):
         super().__init__()
         local = num_experts // (topology.layout.expert if sharded else 1)
@@ -86,7 +96,11 @@ class CausalAttention(torch.nn.Module):
     def __init__(self, engine, topology: Topology):
         super().__init__()
         self.core = TEDotProductAttention(
-            engine, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=topology.groups
+            engine,
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            pg_collection=topology.groups,
         )
 
     def forward(self, q_sbngd: torch.Tensor, k_sbnd: torch.Tensor, v_sbnd: torch.Tensor) -> torch.Tensor:
@@ -120,8 +134,8 @@ def delayed_scales(model: torch.nn.Module) -> list[Scales]:
 
 
 def _scales(layer, name: str, products: int, first: int, local: int, replica: int) -> Iterator[Scales]:
-    """Of ``products`` in the whole model, of which ``layer`` does ``local`` from ``first`` on: three tensors each in the
-    forward (input, weight, output), two in the backward."""
+    """Of ``products`` in the whole model, of which ``layer`` does ``local`` from ``first`` on: three tensors each in
+    the forward (input, weight, output), two in the backward."""
     for direction, key, count in (("forward", "scaling_fwd", 3), ("backward", "scaling_bwd", 2)):
         state = layer.fp8_meta[key]
         length = len(state.amax_history)

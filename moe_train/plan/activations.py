@@ -76,13 +76,9 @@ def _mixture_of_attention(work: Workload, worst: bool) -> int:
     rows = work.rows("attention", worst)
     home = work.tokens * attention.top_k
     size = _router(work, "attention")
-    size += (
-        rows * (work.model.hidden_size + attention.width) * work.element
-    )  # inputs of query and output experts
+    size += rows * (work.model.hidden_size + attention.width) * work.element  # inputs of query and output experts
     size += home * work.model.hidden_size * work.element  # answers, before the gates
-    size += (
-        work.whole * attention.width // ranks * (2 * attention.top_k + 3) * work.element
-    )  # q, o; k, and k with v
+    size += work.whole * attention.width // ranks * (2 * attention.top_k + 3) * work.element  # q, o; k, and k with v
     return size + work.whole * attention.top_k * attention.num_kv_heads // ranks * 4  # log-sum-exp
 
 
@@ -132,8 +128,8 @@ def head_bytes(work: Workload) -> int:
 
 
 def logits_bytes(work: Workload, device: str = "cuda") -> int:
-    """The chunk of logits that exists at a time: in the model's precision, as gradient, and on a CPU in fp32, which compiled kernels
-    need not write. Chunks are larger on GPUs."""
+    """The chunk of logits that exists at a time: in the model's precision, as gradient, and on a CPU in fp32, which
+    compiled kernels need not write. Chunks are larger on GPUs."""
     rows = -(-work.model.vocab_size // work.layout.tensor)
     chunk = min(work.whole, max(64, LOGITS_PER_CHUNK[device] // rows))
     return chunk * rows * (2 * work.element + (4 if device == "cpu" else 0))
@@ -152,7 +148,10 @@ def dispatch_bytes(work: Workload, worst: bool = False) -> int:
         home = work.tokens * attention.top_k
         trips.append((work.rows("attention", worst), home, max(hidden, attention.width)))
     gathered = work.layout.expert if work.dispatcher == "allgather" else 0
-    return max(((home + (gathered * home or rows) + rows) * width for rows, home, width in trips), default=0) * work.element
+    return (
+        max(((home + (gathered * home or rows) + rows) * width for rows, home, width in trips), default=0)
+        * work.element
+    )
 
 
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -164,9 +163,7 @@ def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     return min(warmup + 1, micro_batches * virtual)
 
 
-def stage_bytes(
-    work: Workload, stage: int, micro_batches: int, recompute: str = "none", worst: bool = False
-) -> int:
+def stage_bytes(work: Workload, stage: int, micro_batches: int, recompute: str = "none", worst: bool = False) -> int:
     """Bytes of activations that a stage holds at its peak: all chunks in flight, then either the head's
     gradients (on the last stage) or what is recomputed of a layer."""
     layout = work.layout
@@ -176,6 +173,4 @@ def stage_bytes(
     if stage < layout.pipeline - 1:
         size += flying * work.tokens * work.model.hidden_size * work.element  # what was sent on
     head = head_bytes(work) if stage == layout.pipeline - 1 else 0
-    return size + max(
-        head, recomputed_bytes(work, recompute, worst)
-    )  # the head's are gone when layers come back
+    return size + max(head, recomputed_bytes(work, recompute, worst))  # the head's are gone when layers come back

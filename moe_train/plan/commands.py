@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, List, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -16,9 +16,7 @@ app = typer.Typer(
 
 OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
-Overrides = Annotated[
-    Optional[List[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")
-]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 Gpu = Annotated[str, typer.Option(metavar="NAME", help="A preset or file of hardware.")]
 Nodes = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes; else those of the run file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")]
@@ -28,16 +26,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain 
 def compute_optimal(
     flops: Annotated[Optional[str], typer.Option(metavar="C", help="The budget in operations.")] = None,
     gpu_hours: Annotated[Optional[str], typer.Option(metavar="H", help="The budget in GPU-hours.")] = None,
-    gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware.")
-    ] = "h100",
-    mfu: Annotated[
-        float, typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached.")
-    ] = 0.4,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware.")] = "h100",
+    mfu: Annotated[float, typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached.")] = 0.4,
     params: Annotated[Optional[str], typer.Option(metavar="N", help="The optimum of this size.")] = None,
-    tokens: Annotated[
-        Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")
-    ] = None,
+    tokens: Annotated[Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")] = None,
     total_params: Annotated[
         Optional[str], typer.Option(metavar="N", help="Also the best sparsity at this total size.")
     ] = None,
@@ -45,9 +37,7 @@ def compute_optimal(
         Optional[float],
         typer.Option(metavar="S", help="Also the best size at this share of experts left out."),
     ] = None,
-    law: Annotated[
-        Optional[str], typer.Option(metavar="LAW.json", help="Also a law that `plan fit` wrote.")
-    ] = None,
+    law: Annotated[Optional[str], typer.Option(metavar="LAW.json", help="Also a law that `plan fit` wrote.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how a budget is best spent.
@@ -99,9 +89,7 @@ def cost(
     nodes: Nodes = None,
     gpu: Gpu = "h100",
     price: Annotated[float, typer.Option(metavar="P", help="Of one GPU for one hour.")] = 2.0,
-    mfu: Annotated[
-        Optional[float], typer.Option(metavar="PART", help="The part of the peak reached.")
-    ] = None,
+    mfu: Annotated[Optional[float], typer.Option(metavar="PART", help="The part of the peak reached.")] = None,
     tokens_per_second: Annotated[
         Optional[float], typer.Option(metavar="T", help="Tokens per second of one GPU.")
     ] = None,
@@ -180,7 +168,7 @@ def layout(
         Optional[str], typer.Option(metavar="learned|balanced", help="In --measured: else balanced.")
     ] = None,
     micro_batch: Annotated[
-        Optional[List[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
+        Optional[list[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
     ] = None,
     best: Annotated[int, typer.Option(min=1, metavar="N", help="Layouts to show.")] = 10,
     as_json: AsJson = False,
@@ -211,7 +199,7 @@ def layout(
 
 @app.command()
 def fit(
-    runs: Annotated[List[str], typer.Argument(metavar="RUNS...", help="CSV files and run folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="CSV files and run folders.")],
     out: Annotated[Optional[str], typer.Option(metavar="LAW.json", help="Write the laws here.")] = None,
     plot: Annotated[Optional[str], typer.Option(metavar="FILE.png", help="Draw the fit here.")] = None,
     bootstraps: Annotated[int, typer.Option(metavar="N", help="Resamplings for the intervals.")] = 100,
@@ -240,7 +228,7 @@ def fit(
 
 @app.command()
 def sweep(
-    budgets: Annotated[List[str], typer.Argument(metavar="BUDGETS...", help="Operations of a run, 6ND.")],
+    budgets: Annotated[list[str], typer.Argument(metavar="BUDGETS...", help="Operations of a run, 6ND.")],
     base: Annotated[str, typer.Option(metavar="RUN.yaml", help="What the runs have in common.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the run files.")],
     sizes: Annotated[int, typer.Option(metavar="N", help="Models of each budget.")] = 7,
@@ -248,7 +236,7 @@ def sweep(
         Optional[str], typer.Option(metavar="N", help="Active parameters in the middle; else by the law.")
     ] = None,
     sparsity: Annotated[
-        Optional[List[float]], typer.Option(metavar="S", help="Also vary the sparsity; repeatable.")
+        Optional[list[float]], typer.Option(metavar="S", help="Also vary the sparsity; repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -260,6 +248,4 @@ def sweep(
     """
     from moe_train.plan.sweep import sweep as write
 
-    write(
-        budgets, base=base, out=out, sizes=sizes, around=around, sparsities=sparsity or None, as_json=as_json
-    )
+    write(budgets, base=base, out=out, sizes=sizes, around=around, sparsities=sparsity or None, as_json=as_json)

@@ -89,7 +89,9 @@ def measured_rate(path: str) -> float:
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-        rates = [positive(json.loads(line)["tokens_per_second"], "tokens_per_second") for line in lines[-MEASURED_STEPS:]]
+        rates = [
+            positive(json.loads(line)["tokens_per_second"], "tokens_per_second") for line in lines[-MEASURED_STEPS:]
+        ]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; name a metrics.jsonl or a run's folder") from None
     except (ValueError, KeyError, TypeError, UserError):
@@ -109,9 +111,7 @@ def estimate(config: RunConfig, hardware: Hardware, gpus: int, rate: float, pric
     phases, seen = [], 0
     for phase in config.mixture.phases:
         if seen < tokens:
-            phases.append(
-                {"name": phase.name, "first_token": seen, "starts_after_days": seen / (rate * gpus) / 86400}
-            )
+            phases.append({"name": phase.name, "first_token": seen, "starts_after_days": seen / (rate * gpus) / 86400})
         seen += phase.tokens
     return {
         "gpus": gpus,
@@ -153,7 +153,10 @@ def render(answer: dict[str, Any]) -> str:
         ["on", f"{answer['gpus']} {answer['gpu']}"],
         ["speed", f"{answer['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, MFU {answer['mfu']:.1%}"],
         ["speed from", answer["speed_from"]],
-        ["time", f"{answer['days']:.1f} days" if answer["days"] >= 1 else format_time(math.ceil(86400 * answer["days"]))],
+        [
+            "time",
+            f"{answer['days']:.1f} days" if answer["days"] >= 1 else format_time(math.ceil(86400 * answer["days"])),
+        ],
         ["GPU-hours", _amount(answer["gpu_hours"])],
         ["cost", f"{_amount(answer['cost'])} at {answer['price_per_gpu_hour']:g} a GPU-hour"],
         ["energy", f"{_amount(answer['kwh'])} kWh"],

@@ -65,10 +65,7 @@ def _from_csv(path: Path) -> list[Run]:
     if not rows:
         raise UserError(f"{path} holds no runs")
     names = {(name or "").strip().lower(): name for name in rows[0]}
-    found = {
-        key: next((names[other] for other in others if other in names), None)
-        for key, others in COLUMNS.items()
-    }
+    found = {key: next((names[other] for other in others if other in names), None) for key, others in COLUMNS.items()}
     if not found["params"] or not found["loss"] or not (found["tokens"] or found["flops"]):
         raise UserError(
             f"{path}:1: needs the columns params, loss and one of tokens and flops; it has {', '.join(names)}"
@@ -80,8 +77,7 @@ def _from_csv(path: Path) -> list[Run]:
         total, sparsity = value.get("total_params", value["params"]), value.get("sparsity", 0.0)
         if min(value["params"], tokens, value["loss"]) <= 0 or not 0 <= sparsity < 1:
             raise UserError(
-                f"{path}:{line}: params, tokens and loss must be more than 0,"
-                " and sparsity from 0 to less than 1"
+                f"{path}:{line}: params, tokens and loss must be more than 0, and sparsity from 0 to less than 1"
             )
         runs.append(Run(f"{path.name}:{line}", value["params"], tokens, value["loss"], total, sparsity))
     return runs

@@ -49,14 +49,10 @@ def fit_parametric(runs: list[Run], bootstraps: int = 100, starts: int = 60, see
     Raises UserError for fewer than 8 runs, or runs of fewer than 3 sizes or numbers of tokens.
     """
     check_enough(runs)
-    log_n, log_d, log_l = (
-        np.log([getattr(run, key) for run in runs]) for key in ("params", "tokens", "loss")
-    )
+    log_n, log_d, log_l = (np.log([getattr(run, key) for run in runs]) for key in ("params", "tokens", "loss"))
     grid = np.array(list(itertools.product(*GRID.values())))
     values = np.array([huber_sum(point, log_n, log_d, log_l)[0] for point in grid])
-    fits = [
-        _descend(point, log_n, log_d, log_l) for point in grid[np.argsort(values, kind="stable")[:starts]]
-    ]
+    fits = [_descend(point, log_n, log_d, log_l) for point in grid[np.argsort(values, kind="stable")[:starts]]]
     best, objective = min(fits, key=lambda fit: fit[1])
     law = _law(best)
     draws = []
@@ -82,14 +78,10 @@ def check_enough(runs: list[Run]) -> None:
         )
     for key in ("params", "tokens"):
         if len({round(float(np.log(getattr(run, key))), 3) for run in runs}) < 3:
-            raise UserError(
-                f"the runs have fewer than 3 different {key}: the law's exponents cannot be told apart"
-            )
+            raise UserError(f"the runs have fewer than 3 different {key}: the law's exponents cannot be told apart")
 
 
-def huber_sum(
-    point: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_l: np.ndarray
-) -> tuple[float, np.ndarray]:
+def huber_sum(point: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_l: np.ndarray) -> tuple[float, np.ndarray]:
     """The objective at (a, b, e, alpha, beta), and its gradient."""
     a, b, e, alpha, beta = point
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])

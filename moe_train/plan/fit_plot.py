@@ -59,9 +59,7 @@ def plot(
         if law is not None:
             label = f"{name}: N ~ C^{law.a:.3f}"
             frontier.plot(span, [law.at_flops(c).params for c in span], label=label, linewidth=1)
-    frontier.set(
-        xscale="log", yscale="log", xlabel="FLOPs", ylabel="optimal parameters", title="compute-optimal size"
-    )
+    frontier.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="optimal parameters", title="compute-optimal size")
     if frontier.get_legend_handles_labels()[0]:
         frontier.legend(fontsize="x-small")
     for axis in (profiles.xaxis, frontier.yaxis):

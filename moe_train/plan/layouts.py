@@ -48,10 +48,7 @@ class Candidate:
             "training": {"micro_batch_size": training.micro_batch_size, "recompute": training.recompute},
         }
         return {
-            **{
-                name: getattr(layout, name)
-                for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "data")
-            },
+            **{name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "data")},
             **patch["training"],
             "bytes": self.bytes,
             "bytes_worst_case": self.bytes_worst,
@@ -88,8 +85,8 @@ def layout(
         nodes: of `gpu`; None: those of the run file's section launch.
         calibrate: a metrics.jsonl (or a run's folder) of this run file, with its layout, on these nodes: the
             compute efficiency of the hardware file is replaced by the one that gives its step time.
-        measured: a step of one GPU (`moe_train.plan.measured`) that takes the place of the modelled computation; `contestant`
-            and `routing` are those of the benchmark; None: ours, balanced.
+        measured: a step of one GPU (`moe_train.plan.measured`) that takes the place of the modelled computation;
+            `contestant` and `routing` are those of the benchmark; None: ours, balanced.
         micro_batches: micro-batch sizes to try; None: powers of two; the one measured.
 
     Raises an error with ``exit_code`` 2, one line; also when nothing fits.
@@ -107,14 +104,16 @@ def layout(
         step = read_measured(measured, contestant or "ours", routing or "balanced")
         check_measured(step, config, hardware)
         if micro_batches not in (None, [step.micro_batch_size]):
-            raise UserError(f"--micro-batch: the measured step has micro-batches of {step.micro_batch_size}; leave it out")
+            raise UserError(
+                f"--micro-batch: the measured step has micro-batches of {step.micro_batch_size}; leave it out"
+            )
         micro_batches = [step.micro_batch_size]
     elif contestant is not None or routing is not None:
-        raise UserError("--contestant and --routing choose from the file that --measured names; give that, or leave them out")
+        raise UserError(
+            "--contestant and --routing choose from the file that --measured names; give that, or leave them out"
+        )
     everything = list(candidates(config, world, hardware, micro_batches, step))
-    fitting = sorted(
-        (c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds
-    )
+    fitting = sorted((c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds)
     if not fitting:
         raise UserError(
             f"none of {len(everything)} layouts of {world} {hardware.name} fits: the smallest needs"
@@ -144,8 +143,8 @@ def candidates(
     micro_batches: list[int] | None = None,
     measured: MeasuredStep | None = None,
 ) -> Iterator[Candidate]:
-    """Every legal layout with the least recomputation that fits (full, where none does); with a `measured` step those that
-    it can stand for."""
+    """Every legal layout with the least recomputation that fits (full, where none does); with a `measured` step those
+    that it can stand for."""
     batch = config.training.global_batch_size
     sizes = micro_batches or [size for size in (1, 2, 4, 8, 16) if batch % size == 0]
     for parallel in _divisions(config, world):
@@ -236,9 +235,7 @@ def _changed(config: RunConfig, parallel: dict, micro_batch: int, recompute: str
     training = config.training.model_copy(
         update={"micro_batch_size": micro_batch, "recompute": recompute, "batch_size_warmup": None}
     )
-    changed = config.model_copy(
-        update={"parallel": config.parallel.model_copy(update=parallel), "training": training}
-    )
+    changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel), "training": training})
     if training.global_batch_size % micro_batch:
         raise ValueError("does not divide")
     return changed
@@ -283,9 +280,7 @@ def render(answer: dict[str, Any]) -> str:
         ]
         for row in answer["best"]
     ]
-    title = (
-        f"{answer['world_size']} {answer['gpu']}: {answer['fitting']} of {answer['legal']} legal layouts fit"
-    )
+    title = f"{answer['world_size']} {answer['gpu']}: {answer['fitting']} of {answer['legal']} legal layouts fit"
     if answer["measured"]:
         lines = [*_render_measured(answer), table(f"EXTRAPOLATED, measured by nobody: {title}", columns, rows)]
     else:

@@ -69,7 +69,9 @@ def read_measured(path: str, contestant: str, routing: str) -> MeasuredStep:
         lines = Path(path).read_text(encoding="utf-8").strip()
         found = json.loads(lines)
     except OSError as error:
-        raise UserError(f"--measured {path}: {error.strerror}; give the line of h100_step.py or a profile.json") from None
+        raise UserError(
+            f"--measured {path}: {error.strerror}; give the line of h100_step.py or a profile.json"
+        ) from None
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -86,9 +88,13 @@ def _of_benchmark(found: dict[str, Any], path: str, contestant: str, routing: st
     measured = {name: each for name, each in found["contestants"].items() if name.startswith("ours")}
     entry = measured.get(contestant, {})
     if routing not in entry:
-        there = ", ".join(f"{name} ({kind})" for name, each in measured.items() for kind in ("learned", "balanced") if kind in each)
+        there = ", ".join(
+            f"{name} ({kind})" for name, each in measured.items() for kind in ("learned", "balanced") if kind in each
+        )
         why = f" ({entry['error']})" if "error" in entry else ""
-        raise UserError(f"--measured {path}: no {contestant} with {routing} routing in it{why}; there is {there or 'none of ours'}")
+        raise UserError(
+            f"--measured {path}: no {contestant} with {routing} routing in it{why}; there is {there or 'none of ours'}"
+        )
     step = entry[routing]
     if "milliseconds" not in step:
         raise UserError(f"--measured {path}: {contestant} has no times of its parts; measure without --quick")
@@ -115,11 +121,16 @@ def _of_benchmark(found: dict[str, Any], path: str, contestant: str, routing: st
 def _of_profile(found: dict[str, Any], path: str) -> MeasuredStep:
     slice_ = found["slice"]
     if slice_["world_size"] != 1:
-        raise UserError(f"--measured {path}: of {slice_['world_size']} ranks, whose exchanges are in it; profile with --nproc 1")
+        raise UserError(
+            f"--measured {path}: of {slice_['world_size']} ranks, whose exchanges are in it; profile with --nproc 1"
+        )
     return MeasuredStep(
         source=path,
         device=found["device"],
-        **{key: slice_[key] for key in ("layers", "parameters", "micro_batches", "micro_batch_size", "sequence_length", "recompute")},
+        **{
+            key: slice_[key]
+            for key in ("layers", "parameters", "micro_batches", "micro_batch_size", "sequence_length", "recompute")
+        },
         routing="learned",
         expert_ranks=1,
         stepped=slice_["parameters"],
@@ -131,7 +142,8 @@ def _of_profile(found: dict[str, Any], path: str) -> MeasuredStep:
 
 
 def _parts(parts: dict[str, float], step_seconds: float) -> dict[str, float]:
-    """Kernels take as long under the profiler as without it; what is idle does not. Where they overlap they are scaled."""
+    """Kernels take as long under the profiler as without it; what is idle does not. Where they overlap they are
+    scaled."""
     busy = sum(spent for part, spent in parts.items() if part != "idle")
     scale = min(1.0, step_seconds / busy)
     return {"head_seconds": parts["head"] * scale, "optimizer_seconds": parts["optimizer"] * scale}
@@ -143,13 +155,18 @@ def check_measured(measured: MeasuredStep, config: RunConfig, hardware: Hardware
     whole = model.model_copy(update={"num_layers": measured.layers}).num_parameters()
     if whole != measured.parameters:
         raise UserError(
-            f"{measured.source}: {measured.layers} layers of it have {measured.parameters:,} parameters, of this run's model"
-            f" {whole:,}; measure a slice of the same model"
+            f"{measured.source}: {measured.layers} layers of it have {measured.parameters:,} parameters, of this run's "
+            f"model {whole:,}; measure a slice of the same model"
         )
     if length != measured.sequence_length:
-        raise UserError(f"{measured.source}: measured at {measured.sequence_length} tokens, and the run has {length}; measure at these")
+        raise UserError(
+            f"{measured.source}: measured at {measured.sequence_length} tokens, and the run has {length}; measure at "
+            "these"
+        )
     if hardware.name.lower() not in measured.device.lower():
-        raise UserError(f"{measured.source}: measured on {measured.device}, which is no {hardware.name}; name its hardware by --gpu")
+        raise UserError(
+            f"{measured.source}: measured on {measured.device}, which is no {hardware.name}; name its hardware by --gpu"
+        )
 
 
 def assumptions(measured: MeasuredStep, hardware: Hardware) -> list[str]:
@@ -157,15 +174,15 @@ def assumptions(measured: MeasuredStep, hardware: Hardware) -> list[str]:
     experts = (
         f"the measured rank had its share of the experts, one of {measured.expert_ranks}; other divisions are left out"
         if measured.expert_ranks > 1
-        else "the experts of a rank take as long for as many rows, whether all of them are there or a part, with more rows each;"
-        " waiting for the numbers of rows that come is not counted"
+        else "the experts of a rank take as long for as many rows, whether all of them are there or a part, with more "
+        "rows each; waiting for the numbers of rows that come is not counted"
     )
     routing = "every rank gets as many rows (balanced routing)"
     if measured.routing == "learned":
         routing = "every rank gets as many rows, though the measured routing, of the first weights, was uneven"
     return [
-        f"a layer takes as long as the mean of the {measured.layers} measured, whatever their number on a GPU; embedding and idle"
-        " time count as theirs; the last stage, which has the head as well, is the slowest",
+        f"a layer takes as long as the mean of the {measured.layers} measured, whatever their number on a GPU; "
+        "embedding and idle time count as theirs; the last stage, which has the head as well, is the slowest",
         "the update takes time in proportion to the parameters that a rank updates",
         experts,
         routing,
@@ -179,6 +196,6 @@ def assumptions(measured: MeasuredStep, hardware: Hardware) -> list[str]:
                 ("network_efficiency", hardware.network_efficiency),
             )
         ),
-        "nothing hides the exchanges between expert ranks and pipeline stages, nor the gathering of weights; gradients are reduced"
-        " behind two thirds of the last micro-batch",
+        "nothing hides the exchanges between expert ranks and pipeline stages, nor the gathering of weights; gradients "
+        "are reduced behind two thirds of the last micro-batch",
     ]

@@ -18,7 +18,8 @@ from parallel.layout import Layout
 ELEMENT = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Bytes of a weight and of an activation. fp8 keeps bf16 weights, and its products' inputs are not counted smaller."""
 FP8_COPIES = 2
-"""Bytes of the FP8 copies that are kept of a product's weight between the micro-batches of a step: it, and its transpose."""
+"""Bytes of the FP8 copies that are kept of a product's weight between the micro-batches of a step: it, and its
+transpose."""
 
 
 def state_bytes(
@@ -36,7 +37,9 @@ def state_bytes(
     include the copies of those that products take.
     """
     element = ELEMENT[precision]
-    copies = FP8_COPIES * shards.product_elements(model, layout, place.stage, sharded_attention) if precision == "fp8" else 0
+    copies = (
+        FP8_COPIES * shards.product_elements(model, layout, place.stage, sharded_attention) if precision == "fp8" else 0
+    )
     size = owned = 0
     for buffer, expert in shards.buffers(model, layout, place.stage, sharded_attention, overlap):
         size += buffer.size
@@ -73,9 +76,7 @@ def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool
     sharded = config.parallel.attention_experts == "sharded"
     work = workload(config, layout)
     count = training.global_batch_size // (training.micro_batch_size * layout.data)
-    result = state_bytes(
-        config.model, layout, place, training.precision, sharded_attention=sharded, overlap=overlap
-    )
+    result = state_bytes(config.model, layout, place, training.precision, sharded_attention=sharded, overlap=overlap)
     kept = [stage_bytes(work, place.stage, count, training.recompute, worst) for worst in (False, True)]
     sent = [dispatch_bytes(work, worst) for worst in (False, True)]
     result["activations"], result["dispatch"] = kept[0], sent[0]
@@ -159,8 +160,7 @@ def render(answer: dict[str, Any]) -> str:
             largest[row["stage"]] = row
     columns = ["stage", "rank", *PARTS, "total", "worst case", "snapshot (host)"]
     rows = [
-        [str(stage), str(row["rank"])]
-        + [gib(row[part]) for part in (*PARTS, "total", "total_worst", "snapshot")]
+        [str(stage), str(row["rank"])] + [gib(row[part]) for part in (*PARTS, "total", "total_worst", "snapshot")]
         for stage, row in sorted(largest.items())
     ]
     layout = answer["layout"]
@@ -175,8 +175,6 @@ def render(answer: dict[str, Any]) -> str:
         if answer["fits_worst_case"]:
             verdict = "fits, also in the worst case of routing"
         else:
-            verdict = (
-                "fits with balanced routing, not in the worst case" if answer["fits"] else "does not fit"
-            )
+            verdict = "fits with balanced routing, not in the worst case" if answer["fits"] else "does not fit"
         lines.append(f"{verdict}: rank {top['rank']} is the largest, {usable}")
     return "\n".join(lines)

@@ -15,9 +15,7 @@ def positive(text: str | float | int, name: str) -> float:
     try:
         value = float(written[: len(written) - len(unit)].replace("_", "")) * UNITS[unit]
     except ValueError:
-        raise UserError(
-            f"{name} {written!r} is not a number; write for example 5.76e23, 8B or 1.25T"
-        ) from None
+        raise UserError(f"{name} {written!r} is not a number; write for example 5.76e23, 8B or 1.25T") from None
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{name} must be more than 0, not {written}")
     return value

@@ -57,9 +57,7 @@ class ParametricLaw:
     beta: float
 
     def __post_init__(self) -> None:
-        if not all(
-            math.isfinite(value) and value > 0 for value in (self.E, self.A, self.B, self.alpha, self.beta)
-        ):
+        if not all(math.isfinite(value) and value > 0 for value in (self.E, self.A, self.B, self.alpha, self.beta)):
             raise UserError(f"a parametric law needs five positive numbers E, A, B, alpha, beta; got {self}")
 
     def loss(self, params: float, tokens: float) -> float:
@@ -107,7 +105,5 @@ def outside(
         if value > high:
             notes.append(f"{name} {value:.3g} is {value / high:.3g} times the largest fitted ({high:.3g})")
         elif value < low:
-            notes.append(
-                f"{name} {value:.3g} is {low / value:.3g} times below the smallest fitted ({low:.3g})"
-            )
+            notes.append(f"{name} {value:.3g} is {low / value:.3g} times below the smallest fitted ({low:.3g})")
     return notes

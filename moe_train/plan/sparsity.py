@@ -111,9 +111,7 @@ def best_sparsity(
 ) -> SparseChoice:
     """The sparsity of least loss for a budget at fixed total parameters, from 0 to `limit`."""
     grid = _grid(limit)
-    best = min(
-        (at_fixed_size(flops, params, s, law, mlp_to_rest) for s in grid), key=lambda choice: choice.loss
-    )
+    best = min((at_fixed_size(flops, params, s, law, mlp_to_rest) for s in grid), key=lambda choice: choice.loss)
     return _refined(best, grid, lambda s: at_fixed_size(flops, params, s, law, mlp_to_rest))
 
 
@@ -138,9 +136,7 @@ def best_overall(
 ) -> SparseChoice:
     """Size and sparsity of least loss for a budget, sparsity from 0 to `limit`."""
     grid = _grid(limit)
-    best = min(
-        (best_size(flops, s, law, mlp_to_rest=mlp_to_rest) for s in grid[::4]), key=lambda choice: choice.loss
-    )
+    best = min((best_size(flops, s, law, mlp_to_rest=mlp_to_rest) for s in grid[::4]), key=lambda choice: choice.loss)
     return _refined(best, grid[::4], lambda s: best_size(flops, s, law, mlp_to_rest=mlp_to_rest))
 
 
@@ -157,7 +153,5 @@ def _refined(best: SparseChoice, grid: list[float], choice_at) -> SparseChoice:
     low, high = max(grid[0], best.sparsity - step), min(grid[-1], best.sparsity + step)
     if high <= low:
         return best
-    found = choice_at(
-        float(minimize_scalar(lambda s: choice_at(s).loss, bounds=(low, high), method="bounded").x)
-    )
+    found = choice_at(float(minimize_scalar(lambda s: choice_at(s).loss, bounds=(low, high), method="bounded").x))
     return found if found.loss < best.loss else best

@@ -3,9 +3,9 @@
     step = (micro-batches + bubble) * (compute + exchanges of one micro-batch) + reduction + gather + update
 
 Compute is operations over ``peak * compute_efficiency``: that efficiency is the one number that
-`--calibrate` fits. Or it is what a measured step of one GPU says. Exchanges inside of layers (tensor, expert) wait; the reduction of gradients hides
-behind the backward pass of the last micro-batch as far as it can; the gather of the weights and the update
-do not. Routing is taken as balanced.
+`--calibrate` fits. Or it is what a measured step of one GPU says. Exchanges inside of layers (tensor, expert) wait; the
+reduction of gradients hides behind the backward pass of the last micro-batch as far as it can; the gather of the
+weights and the update do not. Routing is taken as balanced.
 """
 
 from __future__ import annotations
@@ -161,8 +161,6 @@ def step_time(
     )
 
 
-def model_flops_utilisation(
-    model: ModelConfig, sequence_length: int, rate_per_gpu: float, hardware: Hardware
-) -> float:
+def model_flops_utilisation(model: ModelConfig, sequence_length: int, rate_per_gpu: float, hardware: Hardware) -> float:
     """Part of the peak that goes into the operations the model needs (recomputation not counted)."""
     return model.flops_per_token(sequence_length) * rate_per_gpu / hardware.peak_flops

@@ -105,9 +105,7 @@ def _of_budget(
     """The distinct models of one budget and sparsity, smallest first, each with its tokens."""
     optimum = middle or REPLICATION.frontier.at_flops(flops).params
     factors = [SPREAD ** (2 * index / (sizes - 1) - 1) for index in range(sizes)] if sizes > 1 else [1.0]
-    models = {
-        model.hidden_size: model for model in (_shaped(config.model, optimum * f, sparsity) for f in factors)
-    }
+    models = {model.hidden_size: model for model in (_shaped(config.model, optimum * f, sparsity) for f in factors)}
     result = []
     for _, model in sorted(models.items()):
         active = model.num_active_parameters()

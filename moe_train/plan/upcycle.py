@@ -60,9 +60,7 @@ def advise(
     if not there_is_one:
         answer |= {"dense_tokens": 0.0, "ratio": None, "choice": "scratch"}
         answer["advice"] = "train from scratch"
-        answer["reasons"] = [
-            "there is no dense checkpoint: training one first costs more than it gains the mixture"
-        ]
+        answer["reasons"] = ["there is no dense checkpoint: training one first costs more than it gains the mixture"]
         return answer
     dense = positive(dense_tokens, "--dense-tokens")
     ratio = moe * factor / dense
@@ -74,9 +72,7 @@ def advise(
             " model from scratch, and its loss ends lower"
         )
     elif choice == "upcycle":
-        reasons.append(
-            f"below about {LEVEL:.2g} times there is no time to make up for the dense model's start"
-        )
+        reasons.append(f"below about {LEVEL:.2g} times there is no time to make up for the dense model's start")
     else:
         reasons.append(
             f"between about {LEVEL:.2g} and {FROM_SCRATCH:g} times the two were level or scratch was slightly"
@@ -87,9 +83,7 @@ def advise(
             "raise the learning rate again: the checkpoint that went on at its final, low rate was the worst"
         )
     if rate is not None and rate < 0.3 and choice != "scratch":
-        reasons.append(
-            f"the dense run ended at {rate:.0%} of its peak rate: an earlier checkpoint upcycles better"
-        )
+        reasons.append(f"the dense run ended at {rate:.0%} of its peak rate: an earlier checkpoint upcycles better")
     reasons.append("watch how alike the experts are: the most alike were in the worst model")
     advice = {"scratch": "train from scratch", "upcycle": "upcycle the dense checkpoint", "either": "either"}
     return answer | {

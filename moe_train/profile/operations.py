@@ -1,4 +1,5 @@
 """What ran and what waited, by name: the costliest kernels of a profile, and where the host waited for the GPU."""
+
 from __future__ import annotations
 
 import os
@@ -15,13 +16,15 @@ OWN = "profile: wait"
 """The range in which the profile itself waits for the GPU: that is none of the step's."""
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-"""Calls of the CUDA runtime that return when the GPU is done; a copy to the host, `item`, `tolist`, `nonzero` end in the first."""
+"""Calls of the CUDA runtime that return when the GPU is done; a copy to the host, `item`, `tolist`, `nonzero` end in
+the first."""
 WOULD_WAIT = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 """On a CPU: operations that would. Copies of whole tensors to the host cannot be told from others there."""
 
 
 def costliest(events, gpu: bool, steps: int, count: int = 60) -> list[dict[str, float | str]]:
-    """The kernels (on a CPU the operations) of a finished profile with most time: name, milliseconds and calls of one step."""
+    """The kernels (on a CPU the operations) of a finished profile with most time: name, milliseconds and calls of one
+    step."""
     seconds: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for event in events:
@@ -36,11 +39,15 @@ def costliest(events, gpu: bool, steps: int, count: int = 60) -> list[dict[str, 
         seconds[event.name] += spent
         calls[event.name] += 1
     first = sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]
-    return [{"name": name, "milliseconds": round(seconds[name] / 1e3 / steps, 4), "calls": calls[name] / steps} for name in first]
+    return [
+        {"name": name, "milliseconds": round(seconds[name] / 1e3 / steps, 4), "calls": calls[name] / steps}
+        for name in first
+    ]
 
 
 def write_costliest(events, gpu: bool, steps: int, path: Path) -> None:
-    """The same as a file: milliseconds and calls of one step, and the kernel's whole name, which tells its precision."""
+    """The same as a file: milliseconds and calls of one step, and the kernel's whole name, which tells its
+    precision."""
     lines = ["ms of a step  calls  " + ("kernel" if gpu else "operation")]
     lines += [f"{row['milliseconds']:13.3f}  {row['calls']:5g}  {row['name']}" for row in costliest(events, gpu, steps)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -76,9 +83,11 @@ def _operation(event) -> str:
 
 
 def waiting_lines(step: Callable[[], None], root: Path) -> dict[str, int]:
-    """The lines of Python at which one call of ``step`` has the host wait for the GPU, and how often; nothing without a GPU.
+    """The lines of Python at which one call of ``step`` has the host wait for the GPU, and how often; nothing without a
+    GPU.
 
-    Files below ``root`` are named from there. Torch warns of what it knows to wait: not of what others, such as NCCL, wait for.
+    Files below ``root`` are named from there. Torch warns of what it knows to wait: not of what others, such as NCCL,
+    wait for.
     """
     gpu = torch.cuda.is_available()
     with warnings.catch_warnings(record=True) as caught:
@@ -91,8 +100,12 @@ def waiting_lines(step: Callable[[], None], root: Path) -> dict[str, int]:
             if gpu:
                 torch.cuda.set_sync_debug_mode("default")
     lines = Counter(
-        f"{os.path.relpath(warning.filename, root) if Path(warning.filename).is_relative_to(root) else warning.filename}:{warning.lineno}"
+        f"{_name_from(root, warning.filename)}:{warning.lineno}"
         for warning in caught
         if "synchronizing" in str(warning.message)
     )
     return dict(lines.most_common())
+
+
+def _name_from(root: Path, filename: str) -> str:
+    return os.path.relpath(filename, root) if Path(filename).is_relative_to(root) else filename

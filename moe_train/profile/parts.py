@@ -1,8 +1,9 @@
 """What counts as which part of a step, and how an operation of the profiler finds its part.
 
-Only while a step is profiled the functions below run inside of a named range, so that training pays nothing for it. Operations of the
-backward carry the sequence number of the forward operation that they belong to, and so get its part.
+Only while a step is profiled the functions below run inside of a named range, so that training pays nothing for it.
+Operations of the backward carry the sequence number of the forward operation that they belong to, and so get its part.
 """
+
 from __future__ import annotations
 
 import functools
@@ -93,7 +94,8 @@ def time_by_part(events, device: bool) -> dict[str, float]:
     """Microseconds of each part in the events of a finished profile (``prof.events()``).
 
     Args:
-        device: count the time of the GPU's kernels under the operation that launched them, instead of the CPU's own time.
+        device: count the time of the GPU's kernels under the operation that launched them, instead of the CPU's own
+            time.
     """
     spent = dict.fromkeys(MEANING, 0.0)
     for event, part in events_with_parts(events):

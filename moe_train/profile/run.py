@@ -1,4 +1,5 @@
 """Profile steps of a run: a trace for each rank, and a table of the parts of a step."""
+
 from __future__ import annotations
 
 import gzip
@@ -26,7 +27,8 @@ TARGET = "moe_train.profile.run:profile_rank"
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Where the time of a step went on one rank. Seconds of one step each; the parts are those of `moe_train.profile.parts`."""
+    """Where the time of a step went on one rank. Seconds of one step each; the parts are those of
+    `moe_train.profile.parts`."""
 
     device: str
     step_seconds: float
@@ -47,11 +49,17 @@ class StepProfile:
 
 
 def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json: bool) -> int:
-    """Profile ``steps`` steps of ``config`` from its beginning; neither the run's folder nor its checkpoints are touched.
+    """Profile ``steps`` steps of ``config`` from its beginning; neither the run's folder nor its checkpoints are
+    touched.
 
     Raises UserError: ``out`` has a trace already, or what `pretrain` would raise.
     """
-    arguments = {"config": config.model_dump(mode="json", by_alias=True), "steps": steps, "out": out, "as_json": as_json}
+    arguments = {
+        "config": config.model_dump(mode="json", by_alias=True),
+        "steps": steps,
+        "out": out,
+        "as_json": as_json,
+    }
     ranks = rank_environment()
     if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
         ranks.export()
@@ -84,7 +92,11 @@ def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) ->
         trainer.stepper.train(trainer.read_micro_batches())
         trainer.optimizer.update(run.optimizer.lr * 1e-3, trainer.optimizer.gradient_norm())
 
-    speed = Throughput(run.model.flops_per_token(run.mixture.sequence_length), layout.world_size, device_name(topology.device.type == "cuda"))
+    speed = Throughput(
+        run.model.flops_per_token(run.mixture.sequence_length),
+        layout.world_size,
+        device_name(topology.device.type == "cuda"),
+    )
     result = profile_steps(step, steps, topology, speed, run.tokens_per_step, Path(out))
     trainer.close()
     if topology.rank == 0:
@@ -147,8 +159,8 @@ class RecordedSteps:
 
 
 def record_steps(step: Callable[[], None], steps: int, gpu: bool, out: Path | None, rank: int = 0) -> RecordedSteps:
-    """Take ``steps`` steps under the profiler. ``out`` gets a trace (chrome://tracing, perfetto) and the names of the costliest
-    kernels of this rank; None: neither."""
+    """Take ``steps`` steps under the profiler. ``out`` gets a trace (chrome://tracing, perfetto) and the names of the
+    costliest kernels of this rank; None: neither."""
     import torch
 
     from moe_train.profile.operations import OWN, host_waits, write_costliest
@@ -168,7 +180,8 @@ def record_steps(step: Callable[[], None], steps: int, gpu: bool, out: Path | No
 
 
 def time_steps(step: Callable[[], None], steps: int, gpu: bool, label: str = "steps") -> float:
-    """Seconds of one of ``steps`` calls of ``step``; waiting for the GPU before and after is in a profiler range ``label``."""
+    """Seconds of one of ``steps`` calls of ``step``; waiting for the GPU before and after is in a profiler range
+    ``label``."""
     import torch
 
     def wait() -> None:
@@ -205,7 +218,8 @@ def render(result: StepProfile, world_size: int, out: str) -> str:
         f" {sum(result.host_waits.values()):g} times a step: "
         + ", ".join(f"{name} {count:g}" for name, count in result.host_waits.items()),
         "operations counted: matrix products of forward and backward, top_k experts, head; recomputation not",
-        f"traces, for chrome://tracing or ui.perfetto.dev: {out}/trace_rank_*.json.gz; kernels by name: {out}/kernels_rank_*.txt",
+        f"traces, for chrome://tracing or ui.perfetto.dev: {out}/trace_rank_*.json.gz; kernels by name: "
+        f"{out}/kernels_rank_*.txt",
     ]
     return "\n".join(lines)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_train.model.transformer import Transformer
 from moe_train.model.router import Router
 from moe_train.model.router_config import AdaptiveConfig
+from moe_train.model.transformer import Transformer
 from moe_train.training.router_monitor import routers
 
 

@@ -1,8 +1,9 @@
 """``moe-train branch``: a new run that goes on from a checkpoint of another, optimizer and data position kept.
 
-A run that was stable can be decayed from any of its checkpoints, as often as wanted: the mixture of the new run says how
-many tokens the decay has.
+A run that was stable can be decayed from any of its checkpoints, as often as wanted: the mixture of the new run says
+how many tokens the decay has.
 """
+
 from __future__ import annotations
 
 import os
@@ -24,8 +25,8 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
     """Start the run of ``new`` from the checkpoint ``RUN_DIR@STEP``; the exit status of the run.
 
     The checkpoint is linked (copied, on another file system) into the new run's folder, so that a start of the new run
-    that is interrupted before its first save goes on from there; the metrics of the steps before are copied, so that its
-    curve is whole. Under torchrun or srun rank 0 does so; the others meet it when the ranks join.
+    that is interrupted before its first save goes on from there; the metrics of the steps before are copied, so that
+    its curve is whole. Under torchrun or srun rank 0 does so; the others meet it when the ranks join.
 
     Raises:
         UserError: ``source`` names no checkpoint, or the new run's folder holds a run already.
@@ -48,7 +49,10 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
 def _prepare(folder: RunFolder, origin: RunFolder, checkpoint: Path, step: int, new: str) -> None:
     """Make ``folder`` that of a run that stands at ``checkpoint``."""
     if folder.holds_run:
-        raise UserError(f"{folder.path} holds a run already: set another output_dir in {new}, or go on with it by moe-train pretrain")
+        raise UserError(
+            f"{folder.path} holds a run already: set another output_dir in {new}, or go on with it by moe-train "
+            "pretrain"
+        )
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if origin.metrics_path.exists():
         shutil.copyfile(origin.metrics_path, folder.metrics_path)

@@ -49,8 +49,8 @@ class TrainingConfig(Section):
     """Of parameters and activations; the optimizer's are fp32. fp8: bf16, and the matrix products of experts and dense
     layers in FP8, on GPUs with Transformer Engine; routers, attention itself and head stay in bf16."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """How FP8 is scaled: by the largest values of the last 1,024 uses of each tensor, by its own largest value, by blocks of
-    1x128 and 128x128 (Hopper), or by blocks of 32 (Blackwell alone)."""
+    """How FP8 is scaled: by the largest values of the last 1,024 uses of each tensor, by its own largest value, by
+    blocks of 1x128 and 128x128 (Hopper), or by blocks of 32 (Blackwell alone)."""
     kernels: Literal["torch", "transformer_engine"] | None = None
     """Whose layers the model is built from; null: Transformer Engine's on GPUs where it is installed, else torch's."""
     seed: int = Field(1234, ge=0, lt=2**63)
@@ -79,26 +79,19 @@ class TrainingConfig(Section):
 
     @field_validator("batch_size_warmup")
     @classmethod
-    def _check_batch_size_warmup(
-        cls, warmup: BatchSizeWarmup | None, info: ValidationInfo
-    ) -> BatchSizeWarmup | None:
+    def _check_batch_size_warmup(cls, warmup: BatchSizeWarmup | None, info: ValidationInfo) -> BatchSizeWarmup | None:
         micro, whole = info.data.get("micro_batch_size"), info.data.get("global_batch_size")
         if warmup and micro and whole and (whole % warmup.start or warmup.start % micro):
             raise ValueError(
                 f"start {warmup.start} must divide global_batch_size {whole} and be a multiple of"
-                f" micro_batch_size {micro}; the nearest that would do:"
-                f" {_nearest_start(warmup.start, micro, whole)}"
+                f" micro_batch_size {micro}; the nearest that would do: {_nearest_start(warmup.start, micro, whole)}"
             )
         return warmup
 
     def batch_size(self, tokens_seen: int) -> int:
         """Sequences of the next optimizer step, after `tokens_seen` tokens."""
         warmup = self.batch_size_warmup
-        return (
-            self.global_batch_size
-            if warmup is None
-            else warmup.batch_size(tokens_seen, self.global_batch_size)
-        )
+        return self.global_batch_size if warmup is None else warmup.batch_size(tokens_seen, self.global_batch_size)
 
 
 def _nearest_start(start: int, micro: int, whole: int) -> int:
@@ -128,9 +121,7 @@ class OptimizerConfig(Section):
         """YAML has no tuples: a list of two numbers is meant."""
         if isinstance(value, list | tuple):
             if len(value) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value):
-                raise ValueError(
-                    f"betas are two numbers, 0 <= beta < 1, such as [0.9, 0.95]; got {list(value)}"
-                )
+                raise ValueError(f"betas are two numbers, 0 <= beta < 1, such as [0.9, 0.95]; got {list(value)}")
             return tuple(float(beta) for beta in value)
         return value
 

@@ -1,4 +1,5 @@
-"""What rank 0 says: one line a logging interval, alarms, and a summary; a progress bar on a terminal, plain lines in a file."""
+"""What rank 0 says: one line a logging interval, alarms, and a summary; a progress bar on a terminal, plain lines in a
+file."""
 
 from __future__ import annotations
 
@@ -99,11 +100,17 @@ class Console:
         if self._last is None or self._first is None:
             self.say(f"{reason}: no step in {duration(seconds)}")
         else:
-            tokens = self._last["tokens"] - self._first["tokens"] + self._first["tokens_per_second"] * self._first["step_seconds"]
+            tokens = (
+                self._last["tokens"]
+                - self._first["tokens"]
+                + self._first["tokens_per_second"] * self._first["step_seconds"]
+            )
             self.say(
-                f"{reason}: step {self._last['step']}, {count(self._last['tokens'])} of {count(self.total_tokens)} tokens,"
-                f" loss {_number(self._last['loss'], '.4f')} (first of this start {_number(self._first['loss'], '.4f')}),"
-                f" {duration(seconds)}, {count(tokens / max(seconds, 1e-9))} tokens/s over all"
+                f"{reason}: step {self._last['step']}, "
+                f"{count(self._last['tokens'])} of {count(self.total_tokens)} tokens, "
+                f"loss {_number(self._last['loss'], '.4f')} "
+                f"(first of this start {_number(self._first['loss'], '.4f')}), "
+                f"{duration(seconds)}, {count(tokens / max(seconds, 1e-9))} tokens/s over all"
             )
         for name, path in (places or {}).items():
             self.say(f"  {name}: {path}")

@@ -63,7 +63,8 @@ class FaultGuard:
             self._recent.popleft()
         if len(self._recent) >= self.config.max_skips:
             raise PolicyStop(
-                f"step {step}: {text}, and faults.max_skips {self.config.max_skips} of the last {SKIP_WINDOW} updates were left out before; "
+                f"step {step}: {text}, and faults.max_skips {self.config.max_skips} of the last {SKIP_WINDOW} updates "
+                "were left out before; "
                 f"resume from an earlier checkpoint with a lower learning rate, or raise max_skips"
             )
         self.skips += 1
@@ -72,7 +73,12 @@ class FaultGuard:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"skips": self.skips, "recent": list(self._recent), "losses": list(self._losses), "norms": list(self._norms)}
+        return {
+            "skips": self.skips,
+            "recent": list(self._recent),
+            "losses": list(self._losses),
+            "norms": list(self._norms),
+        }
 
     def restore(self, state: dict) -> None:
         """Go on from what :meth:`state` gave."""

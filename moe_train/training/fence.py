@@ -80,8 +80,7 @@ class Fence:
             previous = owner_of(folder)
             if previous and job and previous.job == job and previous.restart > restart:
                 raise FencedError(
-                    f"{folder} belongs to {previous.describe()}, which came after this one"
-                    f" (restart {restart})"
+                    f"{folder} belongs to {previous.describe()}, which came after this one (restart {restart})"
                 )
             number = previous.number + 1 if previous else 1
             owner = Owner(

@@ -1,4 +1,5 @@
 """Whether a run that asked for FP8 gets it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """The training loop. Reads top to bottom: data, gradients, judgement, update, record, validate, save, stop."""
+
 from __future__ import annotations
 
 import time
@@ -153,7 +154,8 @@ def _agreed_reason(trainer: Trainer, stop: StopRequest) -> str:
 
 
 def _due(interval: Duration | None, step: int, before: int, after: int, last: bool = False) -> bool:
-    """Whether ``interval`` (steps, or tokens) ends with this step, which took the run from ``before`` to ``after`` tokens."""
+    """Whether ``interval`` (steps, or tokens) ends with this step, which took the run from ``before`` to ``after``
+    tokens."""
     if interval is None:
         return False
     if last:

@@ -1,8 +1,10 @@
 """AdamW whose moments live in host memory and whose update runs on the CPU: 8 bytes of a parameter less on the GPU.
 
-megatron-core's distributed optimizer keeps an fp32 copy of the parameters that a rank updates; that copy stays on the device. Each
-step brings the gradients to the host, updates a copy there, and brings the result back. docs/gpu.md says when it pays.
+megatron-core's distributed optimizer keeps an fp32 copy of the parameters that a rank updates; that copy stays on the
+device. Each step brings the gradients to the host, updates a copy there, and brings the result back. docs/gpu.md says
+when it pays.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -36,7 +38,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._kernel = kernel
         self._adam = _make(kernel, host_groups)
         for parameter, host in self._hosts.items():
-            moments = {name: torch.zeros_like(host, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                name: torch.zeros_like(host, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")
+            }
             self.state[parameter] = moments
             self._adam.state[host].update(moments, step=0)
 
@@ -49,7 +53,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 host.grad = None
                 continue
             if host.grad is None:
-                host.grad = torch.empty_like(host, pin_memory=parameter.is_cuda)  # else the copy is several times slower
+                # else the copy is several times slower
+                host.grad = torch.empty_like(host, pin_memory=parameter.is_cuda)
             host.grad.copy_(parameter.grad, non_blocking=True)
         _wait(self._hosts)
         for group, host_group in zip(self.param_groups, self._adam.param_groups):
@@ -80,7 +85,8 @@ def _make(kernel: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError:
         raise UserError(
-            "optimizer.offload: deepspeed is not installed: pip install 'moe-train[deepspeed]', or set optimizer.offload=torch"
+            "optimizer.offload: deepspeed is not installed: pip install 'moe-train[deepspeed]', or set "
+            "optimizer.offload=torch"
         ) from None
     return DeepSpeedCPUAdam(groups, adamw_mode=True)
 

@@ -1,8 +1,9 @@
 """AdamW over megatron-core's data parallelism and distributed optimizer.
 
-Gradients are reduced and optimizer states sharded over the data-parallel ranks (experts: over the expert-data-parallel ranks), in
-fp32, also where the model is bf16. Matrices decay, norms and biases do not.
+Gradients are reduced and optimizer states sharded over the data-parallel ranks (experts: over the expert-data-parallel
+ranks), in fp32, also where the model is bf16. Matrices decay, norms and biases do not.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from moe_train.model.transformer import Transformer
 from moe_train.training.config import OptimizerConfig
 from moe_train.training.offload import OffloadedAdamW
 
-
 BUCKET_SIZE = 40_000_000
 """Elements of a bucket at least, where communication is overlapped: large enough for the network's full bandwidth."""
 
@@ -29,9 +29,9 @@ BUCKET_SIZE = 40_000_000
 def wrap_data_parallel(chunks: list[Transformer], overlap: bool) -> list[DistributedDataParallel]:
     """Give each chunk a gradient buffer and its reduction.
 
-    With ``overlap`` (GPUs) gradients are reduced beside the backward, bucket by bucket, and updated weights gathered beside the next
-    forward, each bucket before the first module that needs it. Between an update and that forward a rank's weights are
-    whole only after :meth:`Optimizer.gather_weights`.
+    With ``overlap`` (GPUs) gradients are reduced beside the backward, bucket by bucket, and updated weights gathered
+    beside the next forward, each bucket before the first module that needs it. Between an update and that forward a
+    rank's weights are whole only after :meth:`Optimizer.gather_weights`.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -58,7 +58,8 @@ class ShardState:
     """What one rank's optimizer keeps for a flat range of one parameter.
 
     ``start`` is where the range begins in the flattened local parameter; ``main`` is the fp32 copy that is updated (the
-    parameter's own storage where the model is fp32), ``exp_avg`` and ``exp_avg_sq`` the moments; all 1-D, of one length.
+    parameter's own storage where the model is fp32), ``exp_avg`` and ``exp_avg_sq`` the moments; all 1-D, of one
+    length.
     """
 
     parameter: torch.nn.Parameter
@@ -122,7 +123,9 @@ class Optimizer:
         self._chain.prepare_grads()
         gradients = [gradient for part in self._parts for gradient in part.get_main_grads_for_grad_norm()]
         # Not megatron-core's: without Apex or Transformer Engine that waits for the device once for each parameter.
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self._topology.device)
+        norms = (
+            torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self._topology.device)
+        )
         return float(self._topology.sum_over_world(norms.double().square().sum()).sqrt())
 
     def update(self, lr: float, gradient_norm: float) -> None:
@@ -137,7 +140,8 @@ class Optimizer:
         self._chain.step_with_ready_grads()
 
     def gather_weights(self) -> None:
-        """Make this rank's weights whole where the next forward would: before they are read outside of one. Every rank calls it."""
+        """Make this rank's weights whole where the next forward would: before they are read outside of one. Every rank
+        calls it."""
         for chunk in self._chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,5 @@
 """What can be said about a run before a rank is started: without torch, in well under a second."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -24,7 +25,9 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
     open_sources(config.mixture, config.model.vocab_size)
     folder = RunFolder(config.output_dir)
     if resume == "never" and folder.holds_run:
-        raise UserError(f"{folder.path} holds a run and --resume never was given: choose another output_dir, or --resume auto")
+        raise UserError(
+            f"{folder.path} holds a run and --resume never was given: choose another output_dir, or --resume auto"
+        )
     if resume not in ("auto", "never"):
         _check_checkpoint("--resume", resume)
     if last_checkpoint_state(folder) is None:
@@ -73,6 +76,6 @@ def completion(config: RunConfig) -> str | None:
     if state["samples"] + batch <= config.mixture.num_samples:
         return None
     return (
-        f"{folder.path} is complete: step {state['step']}, {state['tokens']:,} tokens, the whole mixture. To go on: give the last phase "
-        f"of {config.data.mixture} more tokens, or add a phase, and start it again"
+        f"{folder.path} is complete: step {state['step']}, {state['tokens']:,} tokens, the whole mixture. To go on: "
+        f"give the last phase of {config.data.mixture} more tokens, or add a phase, and start it again"
     )

@@ -1,4 +1,5 @@
 """What a run leaves behind as it goes, written by rank 0 alone: metrics, events, console, trackers, ledger."""
+
 from __future__ import annotations
 
 import socket
@@ -82,7 +83,9 @@ class Recorder:
         before = self._metrics.failure
         self._metrics.append(line)
         if self._metrics.failure and not before:
-            self.console.warn(f"{self.folder.metrics_path} cannot be written ({self._metrics.failure}): its lines wait in memory")
+            self.console.warn(
+                f"{self.folder.metrics_path} cannot be written ({self._metrics.failure}): its lines wait in memory"
+            )
         elif before and not self._metrics.failure:
             self.console.say(f"{self.folder.metrics_path} can be written again and has all its lines")
         self.console.step(line, due)
@@ -93,9 +96,10 @@ class Recorder:
                 self.folder.event("slow_rank", line["step"], **line["rank_seconds"])
         scores = {name: value for name, value in line.items() if name.startswith("validation/")}
         if scores:
-            self.console.say(f"  held-out at step {line['step']}: " + ", ".join(
-                f"{name.removeprefix('validation/')} {value:.4f}" for name, value in scores.items()
-            ))
+            self.console.say(
+                f"  held-out at step {line['step']}: "
+                + ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in scores.items())
+            )
         if due or scores:
             self._trackers.log(line)
 
@@ -137,8 +141,9 @@ class Recorder:
     def fp8(self, products: int, total: int) -> None:
         """Record how many of Transformer Engine's matrix products of the first step, over all ranks, ran in FP8."""
         if self.active:
-            text = f"FP8, {self.trainer.config.training.fp8_recipe}: {products:,} of {total:,} matrix products in the first step"
-            self.console.say(f"{text}, routers and head apart")
+            recipe = self.trainer.config.training.fp8_recipe
+            text = f"FP8, {recipe}: {products:,} of {total:,} matrix products in the first step, routers and head apart"
+            self.console.say(text)
             self.folder.event("fp8", self.trainer.position.step, products=products, total=total)
 
     def before_save(self) -> None:
@@ -173,7 +178,10 @@ class Recorder:
         say(f"{config.output_dir}: start {start}, {trainer.topology.layout.describe()}, {config.training.precision}")
         say(f"model: {config.model.num_parameters():,} parameters, {config.model.num_active_parameters():,} active")
         if trainer.resumed_from is not None:
-            say(f"resumed from {trainer.resumed_from} at step {position.step}, {trainer.tokens:,} of {self.total_tokens:,} tokens")
+            say(
+                f"resumed from {trainer.resumed_from} at step {position.step}, {trainer.tokens:,} of "
+                f"{self.total_tokens:,} tokens"
+            )
             self.folder.event("resume", position.step, checkpoint=str(trainer.resumed_from))
         previous = self._fence.previous if self._fence else None
         if previous and previous.may_be_alive():

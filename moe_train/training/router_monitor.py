@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from moe_train.model.router import Observation, Router
 from moe_train.model.router_config import RouterConfig
 from moe_train.model.transformer import Transformer
-from moe_train.model.router import Observation, Router
 from parallel.topology import Topology
 
 PARTS = ("attention", "mlp")

@@ -1,4 +1,5 @@
 """``moe-train pretrain``: check, start the ranks, and leave an outcome whatever happens."""
+
 from __future__ import annotations
 
 import time
@@ -23,21 +24,28 @@ TARGET = "moe_train.training.run:train_rank"
 def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     """Train, or go on with, the run of ``config``; the exit status of the run.
 
-    Under torchrun, or as one of several tasks of srun, this process is one of the ranks; else ``nproc`` ranks are started
-    here (default: one a GPU, or one). A single task of srun may be an interactive shell: it starts ranks like any other.
+    Under torchrun, or as one of several tasks of srun, this process is one of the ranks; else ``nproc`` ranks are
+    started here (default: one a GPU, or one). A single task of srun may be an interactive shell: it starts ranks like
+    any other.
     """
     ranks = rank_environment()
     if ranks is not None and not (ranks.launcher == "slurm" and ranks.world_size == 1):
         if nproc is not None:
             starter = "srun" if ranks.launcher == "slurm" else "torchrun"
-            raise UserError(f"--nproc {nproc}: this process is rank {ranks.rank} of {ranks.world_size} that {starter} started; leave --nproc out")
+            raise UserError(
+                f"--nproc {nproc}: this process is rank {ranks.rank} of {ranks.world_size} that {starter} started; "
+                "leave --nproc out"
+            )
         RunFolder(config.output_dir).require_writable()
         ranks.export()
         return run_rank(*rank_target(config, resume))
     gpus = local_gpus()
     nproc = nproc or gpus or 1
     if 0 < gpus < nproc:
-        raise UserError(f"--nproc {nproc} but this machine shows {gpus} GPU{'s' * (gpus > 1)}: start at most one rank a GPU, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+        raise UserError(
+            f"--nproc {nproc} but this machine shows {gpus} GPU{'s' * (gpus > 1)}: start at most one rank a GPU, or "
+            "set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     folder, since = RunFolder(config.output_dir), now()
     try:
         check_run(config, nproc, resume)
@@ -85,7 +93,9 @@ def train_rank(config: dict[str, Any], resume: str) -> int:
 
     try:
         # From here on: a signal while the ranks load is told as such.
-        with StopRequest(folder.stop_path if first else None, run.training.max_wall_time, began, leave, loading=True) as stop:
+        with StopRequest(
+            folder.stop_path if first else None, run.training.max_wall_time, began, leave, loading=True
+        ) as stop:
             if first:
                 folder.clear_stop()
             return _start_and_train(run, world_size, resume, stop, since)
@@ -97,8 +107,8 @@ def train_rank(config: dict[str, Any], resume: str) -> int:
 def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int = 0) -> None:
     """Have outcome.json say how a start failed, whoever started the ranks: the rank that knows the cause writes it.
 
-    A rank that only lost its connection to another one does not overwrite what that one wrote, nor does one that has lost
-    the folder to another start.
+    A rank that only lost its connection to another one does not overwrite what that one wrote, nor does one that has
+    lost the folder to another start.
 
     Args:
         since: `now()` from the beginning of this process: an outcome older than that is of an earlier start.
@@ -122,7 +132,8 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
         timeout=timedelta(seconds=4 * run.faults.step_timeout),
     )
     status = _train(run, topology, resume, changes, stop, since)
-    # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any more.
+    # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any
+    # more.
     engine.stop()
     return status
 

@@ -94,7 +94,8 @@ class RunFolder:
         return number
 
     def finish(self, code: int, reason: str, step: int | None = None) -> None:
-        """End this start: outcome.json with its status, and an event. The first process that ends it has said it: later ones do not."""
+        """End this start: outcome.json with its status, and an event. The first process that ends it has said it: later
+        ones do not."""
         with locked(self.path / OUTCOME_LOCK):
             outcome = self.read_outcome()
             if not outcome.get("ended"):
@@ -107,7 +108,8 @@ class RunFolder:
             since: `now()` from before the ranks were started. An outcome older than that is of an earlier start.
 
         A start whose ranks were killed left its outcome open; one whose first rank saw only the echo of another
-        rank's error has the wrong code. An outcome that agrees on the code stays as it is, also where several ranks come at once.
+        rank's error has the wrong code. An outcome that agrees on the code stays as it is, also where several ranks
+        come at once.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,8 @@ class RunFolder:
         return bool(outcome.get("ended")) and outcome["started"] >= since
 
     def read_outcome(self) -> dict[str, Any]:
-        """{code, reason, step, started, ended}, code and ended null while the run is on; empty before the first start."""
+        """{code, reason, step, started, ended}, code and ended null while the run is on; empty before the first
+        start."""
         try:
             outcome = json.loads(self.outcome_path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -164,12 +167,14 @@ class RunFolder:
         return self.stop_path.exists()
 
     def clear_stop(self) -> None:
-        """Remove the `stop` that an earlier start obeyed: the first thing that a start does, so that one that comes while
-        it loads still counts."""
+        """Remove the `stop` that an earlier start obeyed: the first thing that a start does, so that one that comes
+        while it loads still counts."""
         try:
             self.stop_path.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"{self.stop_path} cannot be removed ({error.strerror}); remove it, or choose another output_dir") from error
+            raise UserError(
+                f"{self.stop_path} cannot be removed ({error.strerror}); remove it, or choose another output_dir"
+            ) from error
 
     def write_ledger(self, ledger: Mapping[str, Any]) -> None:
         """Replace ledger.json."""
@@ -254,8 +259,8 @@ class MetricsLog:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that goes with the process that holds it: none is ever stale. Where there can be none (some file systems, a full
-    disk), without."""
+    """Hold a lock that goes with the process that holds it: none is ever stale. Where there can be none (some file
+    systems, a full disk), without."""
     file = None
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -285,7 +290,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` records of a metrics.jsonl, in order; reads its end only, and passes over what is no record of a step."""
+    """The last `count` records of a metrics.jsonl, in order; reads its end only, and passes over what is no record of a
+    step."""
     found = []
     for _, line in _lines_backwards(path):
         if _step_of(line) is not None:
@@ -324,7 +330,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _cut_after(path: Path, step: int) -> tuple[int, int]:
-    """Truncate after the last line of a step <= `step`. Returns how many lines went, and the last step that is left (0: none).
+    """Truncate after the last line of a step <= `step`. Returns how many lines went, and the last step that is left (0:
+    none).
 
     Cutting at the end of a line is atomic, and a file of a million lines is not copied at each start.
     """

@@ -55,7 +55,8 @@ class LearningRate:
             raise UserError(f"{parts} do not fit into a run of {total_tokens} tokens; shorten them or train longer")
         if self.decay and self.form == "exponential" and self.minimum == 0:
             raise UserError(
-                "schedule.min_lr_ratio is 0, which an exponential decay never reaches; set it above 0, or decay_form: linear"
+                "schedule.min_lr_ratio is 0, which an exponential decay never reaches; set it above 0, or decay_form: "
+                "linear"
             )
 
     @property

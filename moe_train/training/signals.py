@@ -20,7 +20,8 @@ from moe_train.units import format_time
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STOPPED = 3
 REPEAT_SECONDS = 1.0
-"""A second signal within this time is the first one again: `timeout` and job managers signal a process and then its group."""
+"""A second signal within this time is the first one again: `timeout` and job managers signal a process and then its
+group."""
 
 
 class StopRequest:
@@ -34,9 +35,9 @@ class StopRequest:
         loading: whether `begin` will be called.
         on_signal: called with the name of the first signal that asks for a save (to record it). Keep it short.
 
-    With `loading` there is nothing to save until `begin`: the first signal ends the process at once with status 3. Else a
-    second SIGTERM or SIGINT does. Both also when the main thread waits in a collective that will never end: Python runs
-    handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up descriptor.
+    With `loading` there is nothing to save until `begin`: the first signal ends the process at once with status 3. Else
+    a second SIGTERM or SIGINT does. Both also when the main thread waits in a collective that will never end: Python
+    runs handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up descriptor.
     Signals can be caught from the main thread only.
     """
 
@@ -94,7 +95,8 @@ class StopRequest:
         reader, writer = self._sockets
         self._sockets = None
         writer.close()  # ends the listening thread, which closes the other end
-        # `on_signal` may hold the last reference to tensors; freed by a thread while the interpreter ends, they abort the process.
+        # `on_signal` may hold the last reference to tensors; freed by a thread while the interpreter ends, they abort
+        # the process.
         self._listener.join()
 
     def __enter__(self) -> StopRequest:

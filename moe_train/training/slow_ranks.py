@@ -82,6 +82,6 @@ class SlowRanks:
         if self._suspect < 0 or self._times != IN_A_ROW:
             return None
         return (
-            f"rank {report['slowest']} on {report['host']} takes {report['max_over_median']:.2f} x the median rank's time"
-            " for its part of a step: all others wait for it"
+            f"rank {report['slowest']} on {report['host']} takes {report['max_over_median']:.2f} x the median rank's "
+            "time for its part of a step: all others wait for it"
         )

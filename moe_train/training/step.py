@@ -1,4 +1,5 @@
 """Forward and backward over the micro-batches of one step, on megatron-core's pipeline schedules."""
+
 from __future__ import annotations
 
 import torch
@@ -40,21 +41,25 @@ class Stepper:
     def train(self, micro_batches: list[torch.Tensor]) -> float:
         """Accumulate the gradients of these micro-batches, each weighted by one over their number.
 
-        Returns the sum of their losses on the ranks of the last stage, 0 elsewhere. Gradients are reduced when it returns.
+        Returns the sum of their losses on the ranks of the last stage, 0 elsewhere. Gradients are reduced when it
+        returns.
         """
         losses = self._run(micro_batches, forward_only=False)
         return float(torch.stack([loss for loss, _ in losses]).double().sum()) if losses else 0.0
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[torch.Tensor]) -> torch.Tensor:
-        """The loss of each sequence, ``[micro-batches * B]`` in fp64, on the ranks of the last stage; zeros elsewhere."""
+        """The loss of each sequence, ``[micro-batches * B]`` in fp64, on the ranks of the last stage; zeros
+        elsewhere."""
         for chunk in self.chunks:
             chunk.eval()
         losses = self._run(micro_batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         if not losses:
-            return torch.zeros(len(micro_batches) * self.micro_batch_size, dtype=torch.float64, device=self.topology.device)
+            return torch.zeros(
+                len(micro_batches) * self.micro_batch_size, dtype=torch.float64, device=self.topology.device
+            )
         return torch.cat([nll_bs.double().mean(dim=1) for _, nll_bs in losses])
 
     def _run(self, micro_batches: list[torch.Tensor], forward_only: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 PEAK_BF16_TFLOPS: dict[str, float] = {
-    # Dense (no sparsity) bf16 of one device, from NVIDIA's data sheets; the first pattern found in the device's name counts.
+    # Dense (no sparsity) bf16 of one device, from NVIDIA's data sheets; the first pattern found in the device's name
+    # counts.
     r"\bGB200\b|\bB200\b": 2250.0,
     r"\bH20\b": 148.0,
     r"\bH[18]00\b.*\bPCIe\b": 756.0,
@@ -17,7 +18,8 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
 
 
 def peak_tflops(device: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of a device by its name (`torch.cuda.get_device_name()`); None for one that is not in the table."""
+    """Peak dense bf16 TFLOP/s of a device by its name (`torch.cuda.get_device_name()`); None for one that is not in the
+    table."""
     for pattern, peak in PEAK_BF16_TFLOPS.items():
         if re.search(pattern, device, re.IGNORECASE):
             return peak
@@ -28,7 +30,8 @@ class Throughput:
     """Turns the tokens and seconds of a step into the four figures of metrics.jsonl.
 
     Args:
-        flops_per_token: of training (forward and backward, matrix products; recomputation not counted), from the model's config.
+        flops_per_token: of training (forward and backward, matrix products; recomputation not counted), from the
+            model's config.
         world_size: ranks that share the work, one device each.
         device: name of the device; of a CPU or an unknown one, `mfu` is None.
     """

@@ -89,7 +89,8 @@ class Trackers:
             self._guard(name, lambda tracker: tracker.log(line["step"], line["tokens"], figures))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run goes on in the same place, also from another folder or machine."""
+        """What a checkpoint keeps, so that a resumed run goes on in the same place, also from another folder or
+        machine."""
         return {**self._state, **{name: tracker.state() for name, tracker in self._trackers.items()}}
 
     def close(self, code: int = 0) -> None:
@@ -120,7 +121,8 @@ class WandbTracker:
         mode = config.mode or ("online" if has_wandb_key() else "offline")
         if mode == "online" and not has_wandb_key():
             raise UserError(
-                "logging.wandb.mode is online, but there is no key: set WANDB_API_KEY, run `wandb login`, or use mode: offline"
+                "logging.wandb.mode is online, but there is no key: set WANDB_API_KEY, run `wandb login`, or use mode: "
+                "offline"
             )
         # Before the import: its own console lines and its prompt are of no use in a job.
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -144,7 +146,10 @@ class WandbTracker:
             try:
                 self._run = wandb.init(mode="online", resume="allow", settings=settings, **arguments)
             except Exception as error:
-                warn(f"wandb cannot be reached ({error}); it is kept offline, `wandb sync {folder}/wandb/offline-*` sends it")
+                warn(
+                    f"wandb cannot be reached ({error}); it is kept offline, `wandb sync {folder}/wandb/offline-*` "
+                    "sends it"
+                )
                 mode = "offline"
         if mode == "offline":
             self._run = wandb.init(mode="offline", settings=settings, **arguments)
@@ -169,7 +174,8 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                f"logging.tensorboard needs the package tensorboard ({error}): pip install tensorboard, or set it to false"
+                f"logging.tensorboard needs the package tensorboard ({error}): pip install tensorboard, or set it to "
+                "false"
             ) from error
         # Points of a part that is computed again disappear from the view.
         self._by_step = SummaryWriter(str(folder / "by_step"), purge_step=step + 1 if step else None)
@@ -227,7 +233,8 @@ def _run_id(folder: Path, state: Mapping[str, Any] | None) -> str:
 
 
 def new_run_id(folder: Path, run_id: str | None = None) -> str:
-    """Give the run in ``folder`` the id ``run_id``, else the job's, else one of its own, whatever a checkpoint in it says."""
+    """Give the run in ``folder`` the id ``run_id``, else the job's, else one of its own, whatever a checkpoint in it
+    says."""
     run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / IDENTITY, json.dumps({"wandb": {"run_id": run_id}}) + "\n")

@@ -1,4 +1,5 @@
 """One rank's part of a run, put together: engine, model, optimizer, data, and where the run stands."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ class Trainer:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether this rank looks at token ids: the ends of the pipeline embed and predict them; with a document mask every
-        stage must know where documents start."""
+        """Whether this rank looks at token ids: the ends of the pipeline embed and predict them; with a document mask
+        every stage must know where documents start."""
         ends = self.topology.pipeline_rank == 0 or self.topology.is_last_pipeline_rank
         return ends or self.config.document_end is not None
 
@@ -179,9 +180,7 @@ class Trainer:
         self.coefficients = AdaptiveCoefficients(self.model)
         wrapped = wrap_data_parallel(self.model, overlap=self.topology.device.type == "cuda")
         self.optimizer = Optimizer(wrapped, self.config.optimizer, bf16=dtype == torch.bfloat16)
-        self.stepper = Stepper(
-            wrapped, self.topology, self.config.mixture.sequence_length, training.micro_batch_size
-        )
+        self.stepper = Stepper(wrapped, self.topology, self.config.mixture.sequence_length, training.micro_batch_size)
 
     def _load(self, resume: str) -> None:
         self.previous_state: dict = {}
@@ -189,9 +188,7 @@ class Trainer:
         # Copies are made, and fetched, by rank 0.
         self.mirror = open_mirror(self.config.checkpoint, self.folder.path) if self.topology.rank == 0 else None
         if resume != "never":
-            self.resumed_from = find_checkpoint(
-                self.folder.checkpoints, resume, self.topology, self.mirror
-            )
+            self.resumed_from = find_checkpoint(self.folder.checkpoints, resume, self.topology, self.mirror)
         if self.resumed_from is not None:
             check_same_model(read_run_state(self.resumed_from), self.config.model)
             self.previous_state = load_checkpoint(self.resumed_from, self.model, self.optimizer, self.topology)
@@ -226,7 +223,10 @@ class Trainer:
         shape = config.training.micro_batch_size, mixture.sequence_length + 1
         self.unread = torch.zeros(shape, dtype=torch.int64, device=self.topology.device)
         self.schedule = LearningRate(
-            config.schedule, config.optimizer.lr, self.stream.num_samples * mixture.sequence_length, config.tokens_per_step
+            config.schedule,
+            config.optimizer.lr,
+            self.stream.num_samples * mixture.sequence_length,
+            config.tokens_per_step,
         )
         self.validation = None
         if config.data.validation is not None:

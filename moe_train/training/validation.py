@@ -1,4 +1,5 @@
 """Loss on held-out text, by source."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -12,8 +13,8 @@ from parallel.topology import Topology
 class Validation:
     """Fixed held-out windows of every source, scored with the model as it is.
 
-    Windows are shared out over the data-parallel ranks micro-batch by micro-batch. The last micro-batch of a rank is filled
-    up with repetitions that do not count, so that all ranks take the same number of steps.
+    Windows are shared out over the data-parallel ranks micro-batch by micro-batch. The last micro-batch of a rank is
+    filled up with repetitions that do not count, so that all ranks take the same number of steps.
     """
 
     def __init__(self, heldout: dict[str, HeldOut], samples: int, stepper: Stepper, topology: Topology):

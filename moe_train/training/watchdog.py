@@ -1,4 +1,5 @@
-"""A deadline for each step: a run that hangs must end, with every thread's stack on record, so that it can be started again."""
+"""A deadline for each step: a run that hangs must end, with every thread's stack on record, so that it can be started
+again."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ STACKS_AFTER, KILL_AFTER = 2.0, 5.0
 
 
 class Watchdog:
-    """Ends the process with status 5 when it is not fed in time; says so in one line on stderr, or to the parent of the ranks.
+    """Ends the process with status 5 when it is not fed in time; says so in one line on stderr, or to the parent of the
+    ranks.
 
     Args:
         timeout: seconds that a step may take.
@@ -51,7 +53,8 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def arm(self, what: str = "", timeout: float | None = None) -> None:
-        """Start, or start again, the time for `what`; `timeout` for this one alone (a first step compiles, a load reads)."""
+        """Start, or start again, the time for `what`; `timeout` for this one alone (a first step compiles, a load
+        reads)."""
         allowed = self.timeout if timeout is None else timeout
         with self._condition:
             self._what, self._allowed = what, allowed
@@ -77,7 +80,8 @@ class Watchdog:
 
     @contextmanager
     def allow(self, seconds: float, what: str) -> Iterator[None]:
-        """Another limit for something that is not a step (a save, a validation); the step's time starts again after it."""
+        """Another limit for something that is not a step (a save, a validation); the step's time starts again after
+        it."""
         self.arm(what, seconds)
         try:
             yield

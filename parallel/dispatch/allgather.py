@@ -1,9 +1,10 @@
 """All-gather: every rank gets the rows of all and keeps those of its experts.
 
-An all-gather there and a reduce-scatter back, of sizes that everybody knows beforehand, in the place of two exchanges of
-uneven parts. A rank receives (ranks - 1) x k rows for each of its tokens where the all-to-all has it receive (ranks - 1) /
-ranks x k: docs/gpu.md says when that may pay.
+An all-gather there and a reduce-scatter back, of sizes that everybody knows beforehand, in the place of two exchanges
+of uneven parts. A rank receives (ranks - 1) x k rows for each of its tokens where the all-to-all has it receive (ranks
+- 1) / ranks x k: docs/gpu.md says when that may pay.
 """
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -80,4 +81,3 @@ class AllGatherDispatcher(AllToAllDispatcher):
             return rows
         everybodys = permute(rows, received.back, received.index, some_nobody=True)
         return reduce_scatter_to_sequence_parallel_region(everybodys, group=self.ep_group)[:sent]
-

@@ -4,6 +4,7 @@ It counts, splits, exchanges and sorts; what is ours is the local permutation on
 be left out: it is not sent, and comes back as a row of zeros. Where matrix products want a multiple of rows (FP8: 16),
 the sender adds rows of zeros for each expert, which are nobody's pair.
 """
+
 from __future__ import annotations
 
 from copy import copy
@@ -29,7 +30,7 @@ class RoutingPlan:
         rows: how many rows each expert of this rank receives.
     """
 
-    def __init__(self, dispatcher: "AllToAllDispatcher", experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
+    def __init__(self, dispatcher: AllToAllDispatcher, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
         self._dispatcher = dispatcher
         tokens, self.top_k = experts_tk.shape
         self._left_out, self._filled = sent_tk is not None, dispatcher.row_multiple > 1
@@ -48,7 +49,8 @@ class RoutingPlan:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """``[R]`` the pair (token * k + slot) of each row that is sent, sorted by expert; T * k where it is nobody's."""
+        """``[R]`` the pair (token * k + slot) of each row that is sent, sorted by expert; T * k where it is
+        nobody's."""
         order = self._sorted[: self._sent]
         return order.clamp(max=self._pairs) if self._filled else order
 
@@ -115,9 +117,9 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         return RoutingPlan(self, experts_tk, sent_tk)
 
     def exchange_counts(self, count_e: torch.Tensor, places: int) -> ExpertRows:
-        """Tell every rank how many rows come: this one sends ``count_e[e]`` to expert e, and nobody more than ``places``. With
-        expert parallelism the numbers are on their way to the host, which has to wait for them before it can receive: the
-        one synchronisation of a layer's half that dropless routing forces."""
+        """Tell every rank how many rows come: this one sends ``count_e[e]`` to expert e, and nobody more than
+        ``places``. With expert parallelism the numbers are on their way to the host, which has to wait for them before
+        it can receive: the one synchronisation of a layer's half that dropless routing forces."""
         if self.ep_size == 1:
             return ExpertRows(count_e)
         per_expert = self.preprocess(count_e.unsqueeze(0))  # takes a map of who goes where, and adds it up

@@ -1,9 +1,10 @@
 """DeepEP's kernels, where DeepEP is installed: rows go from one GPU's memory to another's without NCCL.
 
-DeepEP sends tokens as they lie and sums what comes back of each, so a pair is a token of its own here, which has one expert.
-Nothing is sorted at home: neighbours in memory go to different ranks, which keeps all of DeepEP's channels busy. Rows are sorted
-where they arrive, and filled up there to the multiple that matrix products want.
+DeepEP sends tokens as they lie and sums what comes back of each, so a pair is a token of its own here, which has one
+expert. Nothing is sorted at home: neighbours in memory go to different ranks, which keeps all of DeepEP's channels
+busy. Rows are sorted where they arrive, and filled up there to the multiple that matrix products want.
 """
+
 from __future__ import annotations
 
 import torch
@@ -16,7 +17,8 @@ from parallel.errors import EngineError
 
 
 class FlexDispatcher(AllToAllDispatcher):
-    """The same trips as :class:`parallel.dispatch.alltoall.AllToAllDispatcher`, which this is where no rank shares the experts.
+    """The same trips as :class:`parallel.dispatch.alltoall.AllToAllDispatcher`, which this is where no rank shares the
+    experts.
 
     Raises:
         EngineError: DeepEP is not installed, or has no kernels for what it is to send.
@@ -28,7 +30,8 @@ class FlexDispatcher(AllToAllDispatcher):
             return
         if not fused_a2a.HAVE_DEEP_EP:
             raise EngineError(
-                "parallel.dispatcher: flex needs DeepEP (github.com/deepseek-ai/DeepEP, built from source), which is not installed"
+                "parallel.dispatcher: flex needs DeepEP (github.com/deepseek-ai/DeepEP, built from source), which is "
+                "not installed"
             )
         if config.params_dtype != torch.bfloat16:
             raise EngineError("parallel.dispatcher: flex sends bf16 only: set training.precision to bf16 or fp8")
@@ -37,13 +40,14 @@ class FlexDispatcher(AllToAllDispatcher):
         except AssertionError as error:
             raise EngineError(f"parallel.dispatcher: flex is not for {self.ep_size} expert ranks: {error}") from error
 
-    def plan(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None) -> "RoutingPlan | FlexPlan":
+    def plan(self, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None) -> RoutingPlan | FlexPlan:
         """The routing plan for ``experts_tk`` ``[T, k]``; ``sent_tk`` says which of these pairs are sent, None: all."""
         return super().plan(experts_tk, sent_tk) if self.ep_size == 1 else FlexPlan(self, experts_tk, sent_tk)
 
 
 class FlexPlan:
-    """The trips of :class:`parallel.dispatch.alltoall.RoutingPlan`. The first one waits for the counts of the other ranks."""
+    """The trips of :class:`parallel.dispatch.alltoall.RoutingPlan`. The first one waits for the counts of the other
+    ranks."""
 
     rows: ExpertRows
     """How many rows each expert of this rank has received; known after the first trip."""
@@ -104,7 +108,8 @@ class _Exchange:
     """
 
     def __init__(self, dispatcher: FlexDispatcher, expert_p1: torch.Tensor):
-        self._group, self._experts, self._multiple = dispatcher.ep_group, dispatcher.num_experts, dispatcher.row_multiple
+        self._group, self._experts = dispatcher.ep_group, dispatcher.num_experts
+        self._multiple = dispatcher.row_multiple
         self._expert_p1 = expert_p1
         self.handle = None
         self.arrived_expert: torch.Tensor

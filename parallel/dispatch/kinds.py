@@ -1,4 +1,5 @@
 """The ways of dispatch by the names that run files call them."""
+
 from parallel.dispatch.allgather import AllGatherDispatcher
 from parallel.dispatch.alltoall import AllToAllDispatcher
 from parallel.dispatch.flex import FlexDispatcher

@@ -1,8 +1,10 @@
 """Moves of rows, there and back: gathers in both directions.
 
-The backward of a gather by a permutation is the gather by its inverse, which unlike a scatter-add is deterministic on a GPU
-and fast on a CPU. An index of ``len(rows)`` stands for nobody's row, of zeros; where there may be one, the caller says so.
+The backward of a gather by a permutation is the gather by its inverse, which unlike a scatter-add is deterministic on a
+GPU and fast on a CPU. An index of ``len(rows)`` stands for nobody's row, of zeros; where there may be one, the caller
+says so.
 """
+
 from __future__ import annotations
 
 import torch
@@ -11,21 +13,32 @@ from parallel.fuse import fused
 
 
 def gather_tokens(
-    x_th: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int, filled: bool = False, left_out: bool = False
+    x_th: torch.Tensor,
+    order: torch.Tensor,
+    inverse: torch.Tensor,
+    top_k: int,
+    filled: bool = False,
+    left_out: bool = False,
 ) -> torch.Tensor:
     """``[R, H]``: row r is token ``order[r] // k``.
 
     Args:
-        order: ``[R]`` the pair (token * k + slot) of each row; T * k, where ``filled`` says that some are, for nobody's.
+        order: ``[R]`` the pair (token * k + slot) of each row; T * k, where ``filled`` says that some are, for
+            nobody's.
         inverse: ``[T * k]`` the row of each pair; R, where some are ``left_out``, for one that is in none.
     """
     return _GatherTokens.apply(x_th, order, inverse, top_k, filled, left_out)
 
 
 def permute(
-    rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, some_nobody: bool = False, some_nobody_back: bool = False
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    back: torch.Tensor,
+    some_nobody: bool = False,
+    some_nobody_back: bool = False,
 ) -> torch.Tensor:
-    """``rows[index]``, where ``back`` is the index of the way back. Each may point to nobody, and is said to if it does."""
+    """``rows[index]``, where ``back`` is the index of the way back. Each may point to nobody, and is said to if it
+    does."""
     return _Permute.apply(rows, index, back, some_nobody, some_nobody_back)
 
 

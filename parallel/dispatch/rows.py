@@ -1,4 +1,5 @@
 """The rows that each expert of a rank gets: how many, and in which order."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,8 +9,8 @@ import torch
 
 
 class ExpertRows:
-    """How many rows each expert of this rank receives, ``per_expert`` ``[E]`` on the device; ``to_host`` brings that to the
-    host."""
+    """How many rows each expert of this rank receives, ``per_expert`` ``[E]`` on the device; ``to_host`` brings that to
+    the host."""
 
     def __init__(self, per_expert: torch.Tensor, to_host: Callable[[], list[int]] | None = None):
         self.per_expert, self._to_host = per_expert, to_host or per_expert.tolist
@@ -31,8 +32,9 @@ class ExpertRows:
 
 
 def add_fillers(expert_p: torch.Tensor, count_e: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Append to the experts of rows, of which expert e has ``count_e[e]``, those of rows that are nobody's, so that each
-    expert has a multiple of rows. There are ``(multiple - 1) x E`` of them; the expert of those that none needs is E."""
+    """Append to the experts of rows, of which expert e has ``count_e[e]``, those of rows that are nobody's, so that
+    each expert has a multiple of rows. There are ``(multiple - 1) x E`` of them; the expert of those that none needs is
+    E."""
     experts = len(count_e)
     missing_fe = torch.arange(multiple - 1, device=count_e.device).unsqueeze(1) < -count_e % multiple
     each = torch.arange(experts, device=count_e.device)

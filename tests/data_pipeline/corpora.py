@@ -11,9 +11,7 @@ from data_pipeline.indexed import IndexedWriter
 VOCAB = 500
 
 
-def write_corpus(
-    prefix: str | Path, tokens: int, seed: int = 0, dtype: type = np.uint16, vocab: int = VOCAB
-) -> str:
+def write_corpus(prefix: str | Path, tokens: int, seed: int = 0, dtype: type = np.uint16, vocab: int = VOCAB) -> str:
     """A corpus of exactly `tokens` random tokens in documents of 1 to 99."""
     random = np.random.default_rng(seed)
     with IndexedWriter(prefix, dtype) as writer:

@@ -81,7 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
         upstream.request(self.command, self.path, headers=dict(self.headers))
         answer = upstream.getresponse()
         body = answer.read()
-        headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection", "content-length")}
+        headers = {
+            k: v
+            for k, v in answer.getheaders()
+            if k.lower() not in ("transfer-encoding", "connection", "content-length")
+        }
         headers["Content-Length"] = str(len(body))
         upstream.close()
         if fault == "truncated":

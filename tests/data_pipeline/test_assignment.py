@@ -100,9 +100,7 @@ def test_vectors_agree_with_exact_integers_where_floats_do_not() -> None:
 def test_weights_are_taken_as_written() -> None:
     assert integer_weights({"a": 39.8, "b": 19.6, "c": 40.6}) == {"a": 199, "b": 98, "c": 203}
     assert integer_weights({"b": 0.5, "a": 1, "z": 0}) == {"a": 2, "b": 1}
-    assert (
-        sum(integer_weights({"a": 0.1234567890123456, "b": 3.3333333333333335, "c": 1e-9}).values()) <= 2**60
-    )
+    assert sum(integer_weights({"a": 0.1234567890123456, "b": 3.3333333333333335, "c": 1e-9}).values()) <= 2**60
     with pytest.raises(ValueError, match="positive"):
         Assignment({"a": 0})
 

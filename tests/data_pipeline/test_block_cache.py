@@ -137,9 +137,7 @@ def _waits(folder: Path, log: str, start) -> None:
 def test_many_want_the_same_block_and_one_fetches_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     start = context.Event()
-    processes = [
-        context.Process(target=_waits, args=(tmp_path / "b", str(tmp_path / "log"), start)) for _ in range(4)
-    ]
+    processes = [context.Process(target=_waits, args=(tmp_path / "b", str(tmp_path / "log"), start)) for _ in range(4)]
     for process in processes:
         process.start()
     start.set()

@@ -42,9 +42,7 @@ def test_both_ways_against_megatron_core(tmp_path: Path) -> None:
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     write(tmp_path / "ours")
     theirs = indexed_dataset.IndexedDataset(str(tmp_path / "ours"))
-    assert len(theirs) == len(DOCUMENTS) and theirs.document_indices.tolist() == list(
-        range(len(DOCUMENTS) + 1)
-    )
+    assert len(theirs) == len(DOCUMENTS) and theirs.document_indices.tolist() == list(range(len(DOCUMENTS) + 1))
     for number, document in enumerate(DOCUMENTS):
         assert np.array_equal(theirs[number], document)
 

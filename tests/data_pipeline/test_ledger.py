@@ -30,9 +30,7 @@ def mixture(*phases: tuple[str, int, dict], **changes) -> MixtureConfig:
         "sequence_length": S,
         "seed": 7,
         "sources": {name: {"paths": [f"/{name}.bin"]} for name in names},
-        "phases": [
-            {"name": name, "tokens": samples * S, "weights": weights} for name, samples, weights in phases
-        ],
+        "phases": [{"name": name, "tokens": samples * S, "weights": weights} for name, samples, weights in phases],
     }
     return MixtureConfig(**(values | changes))
 
@@ -64,9 +62,7 @@ def assert_no_window_is_repeated_or_left_out(ledger: Ledger) -> None:
 
 def test_phases_end_where_their_tokens_do() -> None:
     odd = mixture(("one", 10, {"a": 1}), ("two", 10, {"b": 1}))
-    odd = odd.model_copy(
-        update={"phases": [phase.model_copy(update={"tokens": 167}) for phase in odd.phases]}
-    )
+    odd = odd.model_copy(update={"phases": [phase.model_copy(update={"tokens": 167}) for phase in odd.phases]})
     ledger = Ledger.start(odd, FACTS)
     assert [segment.first_sample for segment in ledger.segments] == [
         0,
@@ -109,9 +105,7 @@ EDITS = {
     "a source removed": mixture(("one", 1000, {"a": 1}), ("two", 500, {"a": 1, "c": 2})),
     "the current phase longer": mixture(("one", 1600, {"a": 3, "b": 1}), ("two", 500, {"a": 1, "c": 2})),
     "the current phase ends now": mixture(("one", 400, {"a": 3, "b": 1}), ("two", 500, {"a": 1, "c": 2})),
-    "a phase added": mixture(
-        ("one", 1000, {"a": 3, "b": 1}), ("two", 500, {"a": 1, "c": 2}), ("three", 99, {"b": 1})
-    ),
+    "a phase added": mixture(("one", 1000, {"a": 3, "b": 1}), ("two", 500, {"a": 1, "c": 2}), ("three", 99, {"b": 1})),
     "a later phase removed": mixture(("one", 1000, {"a": 3, "b": 1})),
     "a later phase changed": mixture(("one", 1000, {"a": 3, "b": 1}), ("deux", 600, {"b": 1, "c": 2})),
 }
@@ -148,9 +142,7 @@ def test_a_source_removed_and_added_again_goes_on_from_its_cursor() -> None:
     without = ledger.resume(
         mixture(("one", 1000, {"a": 1}), ("two", 500, {"a": 1, "c": 2})), facts(a=5001, c=50001), 300
     )
-    again = without.resume(
-        mixture(("one", 2000, {"a": 1, "b": 5}), ("two", 500, {"a": 1, "c": 2})), FACTS, 600
-    )
+    again = without.resume(mixture(("one", 2000, {"a": 1, "b": 5}), ("two", 500, {"a": 1, "c": 2})), FACTS, 600)
     assert again.cursors(600)["b"] == ledger.cursors(300)["b"] == 75
     assert_no_window_is_repeated_or_left_out(again)
 

@@ -91,11 +91,7 @@ def test_mistakes_in_the_file(folder: Path, old: str, new: str, expected: str) -
     with pytest.raises(DataError) as info:
         load(folder, GOOD.replace(old, new))
     message = str(info.value)
-    assert (
-        message.startswith(f"{folder}/mix.yaml:{expected}")
-        and "\n" not in message
-        and info.value.exit_code == 2
-    )
+    assert message.startswith(f"{folder}/mix.yaml:{expected}") and "\n" not in message and info.value.exit_code == 2
 
 
 @pytest.mark.parametrize(

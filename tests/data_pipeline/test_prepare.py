@@ -63,21 +63,14 @@ def test_tokenizer_is_the_same_each_time(folder: Path, tmp_path: Path) -> None:
 def test_documents_come_out_as_they_went_in(folder: Path, tmp_path: Path) -> None:
     report = prepare([folder / "raw.jsonl"], tmp_path / "out", folder / "tok.model")
     tokenizer, reader = load_tokenizer(folder / "tok.model"), IndexedReader(tmp_path / "out")
-    assert (
-        report.train.documents == reader.num_documents == len(TEXTS)
-        and report.train.tokens == reader.num_tokens
-    )
+    assert report.train.documents == reader.num_documents == len(TEXTS) and report.train.tokens == reader.num_tokens
     for number, sample in enumerate(TEXTS):
         assert reader.document(number).tolist() == [*tokenizer.encode(sample), tokenizer.eos_id]
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["documents"] == len(TEXTS) and manifest["tokens"] == reader.num_tokens
     assert manifest["bytes"] == report.text_bytes == sum(len(sample.encode()) for sample in TEXTS)
     tokens = reader.tokens(0, reader.num_tokens)
-    assert (
-        manifest["max_token_id"] == tokens.max()
-        and manifest["vocab_size"] == 400
-        and manifest["dtype"] == "uint16"
-    )
+    assert manifest["max_token_id"] == tokens.max() and manifest["vocab_size"] == 400 and manifest["dtype"] == "uint16"
     for name, facts in manifest["splits"]["train"]["files"].items():
         data = (tmp_path / name).read_bytes()
         if name.endswith(".bin"):  # for readers by ranges; here there is but one block
@@ -94,9 +87,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_DOCUMENTS", 7)  # many blocks, so that workers overtake each other
     prepare([folder / "raw.jsonl"], tmp_path / "one" / "out", folder / "tok.model", holdout=0.2)
-    prepare(
-        [folder / "raw.jsonl"], tmp_path / "many" / "out", folder / "tok.model", workers=workers, holdout=0.2
-    )
+    prepare([folder / "raw.jsonl"], tmp_path / "many" / "out", folder / "tok.model", workers=workers, holdout=0.2)
     assert contents(tmp_path / "one") == contents(tmp_path / "many") and len(contents(tmp_path / "one")) == 5
 
 
@@ -118,9 +109,7 @@ def test_inputs_of_every_kind(folder: Path, tmp_path: Path) -> None:
 
 def test_held_out_documents_are_chosen_by_content_and_stay(folder: Path, tmp_path: Path) -> None:
     def split(texts: list[str], name: str) -> tuple[set[bytes], set[bytes]]:
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": sample}) + "\n" for sample in texts)
-        )
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": sample}) + "\n" for sample in texts))
         prepare([tmp_path / f"{name}.jsonl"], tmp_path / name, folder / "tok.model", holdout=0.25)
         readers = IndexedReader(tmp_path / name), IndexedReader(tmp_path / f"{name}.heldout")
         train, held = [{r.document(i).tobytes() for i in range(r.num_documents)} for r in readers]
@@ -132,9 +121,7 @@ def test_held_out_documents_are_chosen_by_content_and_stay(folder: Path, tmp_pat
     assert held <= more_held and train <= more_train
 
 
-def test_bad_documents_are_counted_and_told(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_documents_are_counted_and_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         b'{"text": "good"}',
         b"{broken",

@@ -101,9 +101,7 @@ def test_shards_are_bounded_and_make_one_source(folder: Path, tmp_path: Path, sm
     assert open_sources(mixture)["web"].num_tokens == len(expected)
     with pytest.raises(DataError, match="vocabulary has 300 ids"):  # the shared manifest is read
         open_sources(mixture, vocab_size=300)
-    prepare(
-        folder / "raw", prefix, folder / "tok.model", shuffle_seed=3, shard_tokens=9000, overwrite=True
-    )
+    prepare(folder / "raw", prefix, folder / "tok.model", shuffle_seed=3, shard_tokens=9000, overwrite=True)
     names = {path.name for path in tmp_path.iterdir()}
     listed = json.loads((tmp_path / "out.manifest.json").read_text())["splits"]["train"]["files"]
     assert names == {*listed, "out.manifest.json"}  # nothing is left of more and smaller shards
@@ -160,7 +158,7 @@ def test_zstd(folder: Path, tmp_path: Path) -> None:
 
 
 def test_tables(folder: Path, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     raw = [sample.encode() for sample in TEXTS]
@@ -176,7 +174,11 @@ def test_tables(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "arrow" / "cache-1.arrow").write_bytes(b"what a map left")
     for kind in ("parquet", "arrow"):
         report = prepare(
-            tmp_path / kind, tmp_path / f"{kind}-out", folder / "tok.model", text_key="body", filters=["n>=2", "meta.lang=en"]
+            tmp_path / kind,
+            tmp_path / f"{kind}-out",
+            folder / "tok.model",
+            text_key="body",
+            filters=["n>=2", "meta.lang=en"],
         )
         assert decoded(folder, tmp_path / f"{kind}-out") == good
         assert report.bad == {"invalid UTF-8": 1, "missing field": 1} and report.filtered == 3
@@ -269,9 +271,7 @@ def test_without_a_shuffle_it_is_read_in_steps(
     assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
 
 
-def test_the_last_step_goes_on_too(
-    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_step_goes_on_too(folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after every third bucket, and while shards get their names, it empties no bucket twice."""
     options = dict(shuffle_seed=4, shard_tokens=3000, holdout=0.1)
     prepare(folder / "raw", tmp_path / "whole" / "out", folder / "tok.model", **options)

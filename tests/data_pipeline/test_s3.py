@@ -1,5 +1,5 @@
-"""Sources on an object store: a real S3 server on loopback, answers that are spoilt on the way, and no token that differs
-from what `prepare` wrote."""
+"""Sources on an object store: a real S3 server on loopback, answers that are spoilt on the way, and no token that
+differs from what `prepare` wrote."""
 
 from __future__ import annotations
 
@@ -212,7 +212,9 @@ def test_faults_at_random_and_many_readers(
 def test_a_wrong_hash_is_an_error_and_never_data(bucket, proxy: Proxy, there: MixtureConfig, corpus: Path) -> None:
     distant = stream(there)
     proxy.fault = lambda path: "corrupt" if "web-00001.bin" in path else None
-    with pytest.raises(DamagedDataError, match=r"s3://data/c/web-00001.bin: (bytes 0..\d+ have the hash|its content has not)") as info:
+    with pytest.raises(
+        DamagedDataError, match=r"s3://data/c/web-00001.bin: (bytes 0..\d+ have the hash|its content has not)"
+    ) as info:
         with Loader(distant, 0, 8, 4) as loader:
             list(loader)
     assert info.value.exit_code == 4 and "\n" not in str(info.value)
@@ -284,7 +286,9 @@ def test_mistakes(bucket, here: MixtureConfig, corpus: Path, web: str, part: str
     assert part in str(info.value) and "\n" not in str(info.value) and info.value.exit_code == 2
 
 
-def test_no_credentials_and_no_s3fs(bucket, there: MixtureConfig, new_client: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials_and_no_s3fs(
+    bucket, there: MixtureConfig, new_client: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

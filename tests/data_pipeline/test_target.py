@@ -18,7 +18,9 @@ def test_a_file_or_a_folder_that_can_be_written(tmp_path):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(DataError, match=r"^--plot .*file/x.png cannot be written \(.+\); make room or choose another place$"):
+    with pytest.raises(
+        DataError, match=r"^--plot .*file/x.png cannot be written \(.+\); make room or choose another place$"
+    ):
         check_target(tmp_path / "file" / "x.png", "--plot")
     with pytest.raises(DataError, match=r"^--out /proc/nothing cannot be written"):
         check_target("/proc/nothing", "--out", folder=True)

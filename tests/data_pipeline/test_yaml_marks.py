@@ -32,9 +32,7 @@ def complaint(text: str) -> str:
 
 
 def test_numbers_and_words_follow_yaml_1_2() -> None:
-    text = (
-        "a: 5e-4\nb: on\nc: 12:30\nd: 1_000\ne: null\nf: true\ng: '5'\nh: -.5\ni: 1.0e+3\nj: 2001-01-01\nk:\n"
-    )
+    text = "a: 5e-4\nb: on\nc: 12:30\nd: 1_000\ne: null\nf: true\ng: '5'\nh: -.5\ni: 1.0e+3\nj: 2001-01-01\nk:\n"
     data = parse_yaml(text, "f", {}).data
     assert data == dict(
         a=5e-4, b="on", c="12:30", d=1000, e=None, f=True, g="5", h=-0.5, i=1000.0, j="2001-01-01", k=None
@@ -112,9 +110,7 @@ def test_literal_suggests() -> None:
 def test_set_grafts_sections_and_overrides() -> None:
     document = parse_yaml("inner: other.yaml\nmany: [{lr: 1}]\n", "f.yaml", {})
     document.set(("inner",), parse_yaml("lr: 2\nname: sdg\n", "other.yaml", {}))
-    with pytest.raises(
-        YamlError, match=r"^other.yaml:2: inner.name: 'sdg' is not accepted.*did you mean 'sgd'"
-    ):
+    with pytest.raises(YamlError, match=r"^other.yaml:2: inner.name: 'sdg' is not accepted.*did you mean 'sgd'"):
         validate(Outer, document)
     document.set(("inner", "name"), parse_yaml("sgd", "inner.name=sgd", {}, lines=False))
     document.set(("many", 0, "lr"), parse_yaml("1e-4", "x", {}, lines=False))

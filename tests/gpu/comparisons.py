@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+
 class Tolerance(NamedTuple):
-    """The largest relative distances: of the logits of half of the tokens, of each parameter's gradient, of the loss."""
+    """The largest relative distances: of the logits of half of the tokens, of each parameter's gradient, of the
+    loss."""
 
     logits: float
     gradients: float
@@ -29,7 +31,8 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def typical_distance(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The median over the tokens of ``[B, S, V]`` of their logits' distance: what those that went elsewhere do not change."""
+    """The median over the tokens of ``[B, S, V]`` of their logits' distance: what those that went elsewhere do not
+    change."""
     assert found.shape == wanted.shape
     apart = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
     return float(np.median(apart))

@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def side() -> Iterator[Callable]:
-    """``side(device, function, ...)``: what `tests.gpu.on_a_side:function` answers in a process that has ``cpu`` or ``cuda`` alone.
-    ``fresh=True`` takes a new process."""
+    """``side(device, function, ...)``: what `tests.gpu.on_a_side:function` answers in a process that has ``cpu`` or
+    ``cuda`` alone. ``fresh=True`` takes a new process."""
     pools: dict[str, RankPool] = {}
 
     def run(device: str, function: str, *args, fresh: bool = False, **kwargs):

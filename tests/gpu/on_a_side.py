@@ -1,4 +1,5 @@
-"""What the tests compare, computed on the one device that this process sees. Results are numpy's, to travel between processes."""
+"""What the tests compare, computed on the one device that this process sees. Results are numpy's, to travel between
+processes."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def build(
     batch: int = BATCH,
     overlap: bool = False,
 ):
-    """(chunks, stepper, optimizer, topology) on this process's device; first weights are drawn on the CPU and so the same on both.
+    """(chunks, stepper, optimizer, topology) on this process's device; first weights are drawn on the CPU and so the
+    same on both.
 
     ``overlap``: of communication on a CPU too; on a GPU it is always on.
     """
@@ -58,13 +60,18 @@ def build(
     return chunks, Stepper(wrapped, topology, length, batch), optimizer, topology
 
 
-def windows_of(config: ModelConfig, number: int, device: torch.device, length: int = LENGTH, batch: int = BATCH) -> torch.Tensor:
+def windows_of(
+    config: ModelConfig, number: int, device: torch.device, length: int = LENGTH, batch: int = BATCH
+) -> torch.Tensor:
     """The tokens of step ``number``."""
-    return torch.randint(0, config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(number)).to(device)
+    return torch.randint(0, config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(number)).to(
+        device
+    )
 
 
 def outputs(compiled: bool = True, changes: dict | None = None, **options) -> dict:
-    """Logits, loss, and the gradient of every parameter by its global name (experts that are parameters of their own put together).
+    """Logits, loss, and the gradient of every parameter by its global name (experts that are parameters of their own
+    put together).
 
     Args:
         compiled: False: nothing that `torch.compile` made is used.
@@ -103,7 +110,9 @@ def take_steps(built, numbers: range) -> list[float]:
     losses = []
     for number in numbers:
         optimizer.zero_grad()
-        losses.append(stepper.train([windows_of(model(), 2 * number % 8 + half, topology.device) for half in (0, 1)]) / 2)
+        losses.append(
+            stepper.train([windows_of(model(), 2 * number % 8 + half, topology.device) for half in (0, 1)]) / 2
+        )
         optimizer.update(1e-3, optimizer.gradient_norm())
     return losses
 
@@ -136,9 +145,11 @@ def resume(checkpoint: str, steps: int, more: int, **options) -> list[float]:
 
 
 def peak(changes: dict, length: int, recompute: str = "none") -> dict[str, float]:
-    """Bytes of a bf16 step of two micro-batches of one sequence: ``measured`` at most, and what `plan memory` counts, ``planned``.
+    """Bytes of a bf16 step of two micro-batches of one sequence: ``measured`` at most, and what `plan memory` counts,
+    ``planned``.
 
-    On a CPU, which does not say what is allocated, ``measured`` is the state, what is kept for the backward, and planned logits.
+    On a CPU, which does not say what is allocated, ``measured`` is the state, what is kept for the backward, and
+    planned logits.
     """
     from moe_train.plan.activations import Workload, logits_bytes, stage_bytes
     from moe_train.plan.memory import state_bytes
@@ -177,7 +188,8 @@ def peak(changes: dict, length: int, recompute: str = "none") -> dict[str, float
 
 
 def layer(kind: str, kernels: str, precision: str, seed: int = 3) -> dict[str, np.ndarray]:
-    """Output and gradients of one layer on fixed inputs: ``norm``, ``column``, ``row``, ``grouped`` or ``attention``."""
+    """Output and gradients of one layer on fixed inputs: ``norm``, ``column``, ``row``, ``grouped`` or
+    ``attention``."""
     topology = engine.start(ALONE, seed=1)
     from moe_train.model.build import DTYPES, engine_config
     from moe_train.model.kernels import kernels_of
@@ -196,7 +208,11 @@ def layer(kind: str, kernels: str, precision: str, seed: int = 3) -> dict[str, n
 
     if kind == "attention":
         module = made.attention(settings, topology)
-        inputs = [draw(LENGTH, BATCH, heads, 2, width), draw(LENGTH, BATCH, heads, width), draw(LENGTH, BATCH, heads, width)]
+        inputs = [
+            draw(LENGTH, BATCH, heads, 2, width),
+            draw(LENGTH, BATCH, heads, width),
+            draw(LENGTH, BATCH, heads, width),
+        ]
         out = module(*inputs)
     elif kind == "grouped":
         from parallel.dispatch.rows import ExpertRows

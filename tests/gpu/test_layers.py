@@ -38,7 +38,10 @@ def test_transformer_engine(side, kind, precision) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_fp32_on_a_cpu(side, kind, device, precision) -> None:
     apart = compare(
-        side, kind, {"device": device, "kernels": "torch", "precision": precision}, {"device": "cpu", "kernels": "torch", "precision": "fp32"}
+        side,
+        kind,
+        {"device": device, "kernels": "torch", "precision": precision},
+        {"device": "cpu", "kernels": "torch", "precision": "fp32"},
     )
     assert max(apart.values()) <= TOLERANCE[precision], apart
     assert (max(apart.values()) > TOLERANCE["fp32"]) == (precision == "bf16"), apart

@@ -1,6 +1,7 @@
 """Logits, gradients and losses of the GPU against the CPU's of the same model.
 
-What needs no GPU runs the same comparison between a CPU and itself in another precision, so that it is known to work, and to fail.
+What needs no GPU runs the same comparison between a CPU and itself in another precision, so that it is known to work,
+and to fail.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 STEPS = 12
 BF16_CURVE, FP8_CURVE = 0.06, 0.12
-"""Of each loss, relative to the CPU's bf16 curve. The model learns four batches by heart, which multiplies small differences: bf16 and
-fp32 on a CPU are 0.054 apart, FP8 with scales of whole tensors, emulated on a CPU, 0.07 from bf16."""
+"""Of each loss, relative to the CPU's bf16 curve. The model learns four batches by heart, which multiplies small
+differences: bf16 and fp32 on a CPU are 0.054 apart, FP8 with scales of whole tensors, emulated on a CPU, 0.07 from
+bf16."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
     options = dict(precision="bf16", kernels="transformer_engine", recipe=recipe)
     assert_curve_follows(side("cuda", "curve", STEPS, **options), bf16_curve, FP8_CURVE)
     bf16 = side("cuda", "outputs", precision="bf16", kernels="transformer_engine")
-    assert typical_distance(side("cuda", "outputs", **options)["logits"], bf16["logits"]) > 0.005, "these are the logits of bf16"
+    assert typical_distance(side("cuda", "outputs", **options)["logits"], bf16["logits"]) > 0.005, (
+        "these are the logits of bf16"
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -76,7 +80,9 @@ def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
 def test_compiled_chains(side, device, precision) -> None:
     """What `torch.compile` fuses against the same without it. bf16 may be rounded less often."""
     found = side(device, "outputs", precision=precision)
-    assert_close(found, side(device, "outputs", precision=precision, compiled=False), FP32 if precision == "fp32" else BF16)
+    assert_close(
+        found, side(device, "outputs", precision=precision, compiled=False), FP32 if precision == "fp32" else BF16
+    )
 
 
 def test_a_difference_is_found(side, on_cpu) -> None:

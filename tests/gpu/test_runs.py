@@ -16,7 +16,10 @@ SPREAD = 0.05
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("saved_on", "resumed_on"), [("cpu", "cpu"), *(pytest.param(*way, marks=gpu) for way in [("cpu", "cuda"), ("cuda", "cpu")])])
+@pytest.mark.parametrize(
+    ("saved_on", "resumed_on"),
+    [("cpu", "cpu"), *(pytest.param(*way, marks=gpu) for way in [("cpu", "cuda"), ("cuda", "cpu")])],
+)
 def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, precision) -> None:
     went_on = side(saved_on, "save", str(tmp_path), STEPS, MORE, precision=precision)
     (checkpoint,) = tmp_path.glob("iter_*")
@@ -29,7 +32,8 @@ def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, pr
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_spread_of_two_runs(side, device, deterministic, kernels, record_property) -> None:
-    """Bit for bit with `training.deterministic` (on a CPU always), else within a bound. The spread is in the junit report."""
+    """Bit for bit with `training.deterministic` (on a CPU always), else within a bound. The spread is in the junit
+    report."""
     if kernels == "transformer_engine":
         if device == "cpu":
             pytest.skip("Transformer Engine needs a GPU")

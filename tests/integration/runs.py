@@ -1,4 +1,5 @@
 """Whole runs of a tiny model on corpora of random tokens, started as a user starts them."""
+
 from __future__ import annotations
 
 import atexit
@@ -82,9 +83,7 @@ def start(
     )
 
 
-def run(
-    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False
-) -> tuple[int, str]:
+def run(folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False) -> tuple[int, str]:
     """The same, to its end: (status, everything it said)."""
     process = start(folder, *arguments, nproc=nproc, verb=verb, fresh=fresh)
     said, _ = process.communicate(timeout=240)

@@ -1,6 +1,7 @@
 """A run that is killed again and again, at any moment, ends as one that was not.
 
-12 times by default, which takes half a minute; `KILLS=100 make test TESTS=tests/integration/test_kills.py` for a hundred.
+12 times by default, which takes half a minute; `KILLS=100 make test TESTS=tests/integration/test_kills.py` for a
+hundred.
 """
 
 from __future__ import annotations

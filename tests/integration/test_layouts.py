@@ -1,4 +1,5 @@
 """One model, one stream, many layouts: the same curve."""
+
 from __future__ import annotations
 
 import pytest
@@ -81,15 +82,23 @@ def test_nor_does_what_the_routers_do(ranks, name, layout):
     adaptive = {"adaptive": {"xi": 1.0, "max_coef": 0.2, "beta": 0.7}}
     router, of_mlp = ROUTERS[name]
     mlp = RouterConfig.model_validate({**common, **adaptive, **router, **of_mlp})
-    router = RouterConfig.model_validate({**common, **({} if router.get("load_balancing") == "none" else adaptive), **router})
-    model = {"router": router, "mlp": MixtureOfMLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2, router=mlp if of_mlp else None)}
+    router = RouterConfig.model_validate(
+        {**common, **({} if router.get("load_balancing") == "none" else adaptive), **router}
+    )
+    model = {
+        "router": router,
+        "mlp": MixtureOfMLPConfig(ffn_hidden_size=24, num_experts=4, top_k=2, router=mlp if of_mlp else None),
+    }
     expected = ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, model=model)[0]
     recompute = "full" if len(layout) == 2 else "none"
     options = {"recompute": recompute, "dispatcher": "allgather" if layout == {"expert": 2} else "alltoall"}
     curves = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, model=model, **options)
     assert_same_curve(curves[0], expected, f"{layout} {name}")
     last, wanted = curves[0][-1], expected[-1]
-    assert last["drop_rates"] == pytest.approx(wanted["drop_rates"], abs=0.02) and max(wanted["drop_rates"].values()) > 0.05
+    assert (
+        last["drop_rates"] == pytest.approx(wanted["drop_rates"], abs=0.02)
+        and max(wanted["drop_rates"].values()) > 0.05
+    )
     assert len(last["coefficients"]) == (4 if name == "one of each" else 8)
     assert last["coefficients"] == pytest.approx(wanted["coefficients"], rel=2e-2)
     assert max(last["coefficients"].values()) < 0.3, "the coefficients did not adapt"
@@ -138,9 +147,7 @@ def test_nor_where_the_rows_of_experts_are_filled_up(ranks, one_rank):
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
 def test_nor_where_documents_are_kept_apart(ranks, layout):
-    whole, apart = (
-        ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, document_end=end)[0] for end in (None, 7)
-    )
+    whole, apart = (ranks(1).run("tests.steps_on_ranks:train", {}, steps=4, document_end=end)[0] for end in (None, 7))
     assert abs(whole[0]["loss"] - apart[0]["loss"]) > 1e-4 * whole[0]["loss"]
     curve = ranks(2).run("tests.steps_on_ranks:train", layout, steps=4, document_end=7)[0]
     assert_same_curve(curve, apart, f"{layout} documents apart")

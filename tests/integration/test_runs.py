@@ -1,4 +1,5 @@
 """`moe-train pretrain` from the outside: trains, stops, resumes, refuses, survives a lost rank."""
+
 from __future__ import annotations
 
 import json
@@ -76,7 +77,14 @@ def test_a_run_leaves_what_it_promises(complete):
     assert [line["step"] for line in lines if "validation/web" in line] == [8, 16, 24, 32, 40]
     assert set(lines[1]["routers"]) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")}
     assert outcome(folder)["code"] == 0 and outcome(folder)["step"] == 40
-    for name in ("config.yaml", "config.1.yaml", "events.jsonl", "ledger.json", "logs/rank_00000.log", "logs/rank_00001.log"):
+    for name in (
+        "config.yaml",
+        "config.1.yaml",
+        "events.jsonl",
+        "ledger.json",
+        "logs/rank_00000.log",
+        "logs/rank_00001.log",
+    ):
         assert (folder / name).exists(), name
     assert (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40\n"
     checkpoint = folder / "checkpoints/iter_0000040"
@@ -100,8 +108,14 @@ def test_a_resume_repeats_the_undisturbed_run_bit_for_bit(complete, cut):
 
 def test_routers_that_adapt_go_on_bit_for_bit_and_are_reported(tmp_path):
     """Skywork's: normalised logits, tokens that are dropped, coefficients that follow, which a checkpoint keeps."""
-    router = "{normalize_logits: true, load_balancing: skywork, capacity_factor: 1.0, drop_by: probability, adaptive: {beta: 0.8, max_coef: 0.1}}"
-    settings = (f"model.mlp.router={router}", "logging.router_gates=true", "logging.expert_similarity=8 steps", "data.validation=null")
+    router = "{normalize_logits: true, load_balancing: skywork, capacity_factor: 1.0, drop_by: probability"
+    router += ", adaptive: {beta: 0.8, max_coef: 0.1}}"
+    settings = (
+        f"model.mlp.router={router}",
+        "logging.router_gates=true",
+        "logging.expert_similarity=8 steps",
+        "data.validation=null",
+    )
     folders = tmp_path / "whole", tmp_path / "cut"
     for folder in folders:
         folder.mkdir()
@@ -111,7 +125,9 @@ def test_routers_that_adapt_go_on_bit_for_bit_and_are_reported(tmp_path):
             status, said = run(folder, *settings, f"training.max_steps={limit}")
             assert status == 0, said
     whole, cut = (metrics(folder / "run") for folder in folders)
-    assert arithmetic(cut) == arithmetic(whole) and [line.get("routers") for line in cut] == [line.get("routers") for line in whole]
+    assert arithmetic(cut) == arithmetic(whole) and [line.get("routers") for line in cut] == [
+        line.get("routers") for line in whole
+    ]
     assert [line["step"] for line in whole if "similarity" in line.get("routers", {}).get("layers.0.mlp", {})] == [8]
     mlp, attention = (whole[-1]["routers"][f"layers.1.{part}"] for part in ("mlp", "attention"))
     assert 0 < mlp["drop_rate"] < 1 and 1 < mlp["max1_over_max2"] and mlp["load_balancing_coef"] > 0.011
@@ -170,7 +186,9 @@ def test_a_killed_rank_ends_the_run_with_5_and_it_resumes(complete, cut):
     assert outcome(cut / "run")["code"] == 5
     status, said = run(cut)
     assert status == 0, said
-    assert [line[:8] for line in arithmetic(metrics(cut / "run"))] == [line[:8] for line in arithmetic(metrics(complete / "run"))]
+    assert [line[:8] for line in arithmetic(metrics(cut / "run"))] == [
+        line[:8] for line in arithmetic(metrics(complete / "run"))
+    ]
 
 
 def test_a_run_whose_disk_is_gone_goes_on_from_the_object_store(complete, tmp_path, s3):
@@ -199,7 +217,9 @@ def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(complete, tm
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
     assert [segment["skipped"] for segment in ledger["segments"]] == [[], [[144, 160]]]
     # The curve up to there is the undisturbed one's; the weights in the last checkpoint are those of step 36.
-    assert [line[:8] for line in arithmetic(metrics(tmp_path / "run"))] == [line[:8] for line in arithmetic(metrics(complete / "run"))]
+    assert [line[:8] for line in arithmetic(metrics(tmp_path / "run"))] == [
+        line[:8] for line in arithmetic(metrics(complete / "run"))
+    ]
     found = [contents(tmp_path / f"run/checkpoints/iter_00000{step}") for step in (36, 40)]
     assert_equal(*found)
 
@@ -219,7 +239,9 @@ def test_what_is_never_finite_again_stops_the_run_with_6(tmp_path):
     assert json.loads((tmp_path / "run/owner.json").read_text())["ended"]
 
 
-@pytest.mark.parametrize("limit, warmup, tokens", [(None, None, 2560), (7, None, 448), (99, None, 2560), (20, 400, 864)])
+@pytest.mark.parametrize(
+    "limit, warmup, tokens", [(None, None, 2560), (7, None, 448), (99, None, 2560), (20, 400, 864)]
+)
 def test_the_way_to_the_end_is_known(tmp_path, limit, warmup, tokens):
     """What the console's time of arrival goes by: the end of the mixture or max_steps, whichever comes first."""
     from types import SimpleNamespace
@@ -257,9 +279,22 @@ def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
 
     from tests.integration.runs import ROOT
 
-    command = [sys.executable, "-m", "moe_train", "branch", f"{tmp_path}/origin/run@8", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_train",
+        "branch",
+        f"{tmp_path}/origin/run@8",
+        str(tmp_path / "run.yaml"),
+        "--nproc",
+        "2",
+    ]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
@@ -334,7 +369,8 @@ def test_a_missing_corpus_names_source_and_path(tmp_path):
 
 def test_a_time_limit_counts_from_the_start_of_the_process(tmp_path):
     write_corpora(tmp_path)
-    status, said = run(tmp_path, "training.max_wall_time=1s", "parallel.expert=1", nproc=1, fresh=True)  # less than the imports take
+    # less than the imports take
+    status, said = run(tmp_path, "training.max_wall_time=1s", "parallel.expert=1", nproc=1, fresh=True)
     assert status == 3, said
     assert outcome(tmp_path / "run")["step"] == 1 and "max_wall_time 1s" in outcome(tmp_path / "run")["reason"]
 
@@ -342,7 +378,8 @@ def test_a_time_limit_counts_from_the_start_of_the_process(tmp_path):
 def test_another_model_in_the_same_folder_is_refused_with_both_values(cut):
     assert outcome(cut / "run")["code"] == 0
     status, said = run(cut, "model.hidden_size=32")
-    assert outcome(cut / "run")["code"] == 2 and "16 -> 32" in outcome(cut / "run")["reason"]  # not the last start's success
+    # not the last start's success
+    assert outcome(cut / "run")["code"] == 2 and "16 -> 32" in outcome(cut / "run")["reason"]
     assert status == 2 and "model.hidden_size 16 -> 32" in said and len(said.strip().splitlines()) == 1
     status, said = run(cut, "--resume", "never")
     assert status == 2 and "holds a run" in said

@@ -18,7 +18,8 @@ PATIENCE = 900
 
 
 class Launched:
-    """A run in a folder of its own: two nodes with one rank each, experts over both, unless `sections` say otherwise."""
+    """A run in a folder of its own: two nodes with one rank each, experts over both, unless `sections` say
+    otherwise."""
 
     def __init__(
         self, slurm: SlurmCluster, folder: Path, *, steps: int = 60, cluster: dict | None = None, **sections: Any

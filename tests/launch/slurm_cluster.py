@@ -1,7 +1,8 @@
 """A real Slurm on this machine: one controller and N nodes that are processes, from Debian's packages, without systemd.
 
-Every slurmd runs in a UTS and mount namespace of its own, so that a job sees hosts node1, node2, ...; the namespace also tells the
-processes of a node, which is how one loses power. Nothing of the machine's own configuration is touched. Needs root.
+Every slurmd runs in a UTS and mount namespace of its own, so that a job sees hosts node1, node2, ...; the namespace
+also tells the processes of a node, which is how one loses power. Nothing of the machine's own configuration is touched.
+Needs root.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class SlurmCluster:
         return int((self.folder / f"slurmd.{name}.pid").read_text())
 
     def kill_slurmd(self, name: str) -> None:
-        """End a node's slurmd alone: what runs there goes on, and nobody can end it from outside. `start_node` brings it back."""
+        """End a node's slurmd alone: what runs there goes on, and nobody can end it from outside. `start_node` brings
+        it back."""
         pid = self.slurmd(name)
         os.kill(pid, signal.SIGKILL)
         self.wait(lambda: not _alive(Path(f"/proc/{pid}")), 30, f"the end of {name}'s slurmd")
@@ -250,23 +252,25 @@ class SlurmCluster:
             f"AutoDetect=off\nNodeName=node[1-{self.nodes}] Name=gpu Type=h100 File={folder}/dev/nvidia[0-7]\n"
         )
         ports = _free_ports(self.nodes + 1)
-        # Where this machine's name is 127.0.0.1 everything listens there alone; elsewhere srun would not be found if it did.
+        # Where this machine's name is 127.0.0.1 everything listens there alone; elsewhere srun would not be found if it
+        # did.
         try:
             local = socket.gethostbyname(host) == "127.0.0.1"
         except OSError:
             local = False
         nodes = "".join(
-            f"NodeName=node{number} NodeAddr=127.0.0.1 Port={ports[number]} Sockets=2 CoresPerSocket=48 ThreadsPerCore=2 "
-            "RealMemory=2000000 Gres=gpu:h100:8 State=UNKNOWN\n"
+            f"NodeName=node{number} NodeAddr=127.0.0.1 Port={ports[number]} Sockets=2 CoresPerSocket=48 "
+            "ThreadsPerCore=2 RealMemory=2000000 Gres=gpu:h100:8 State=UNKNOWN\n"
             for number in range(1, self.nodes + 1)
         )
         self.conf.write_text(
             _CONF.format(folder=folder, host=host, port=ports[0])
             + ("CommunicationParameters=NoCtldInAddrAny,NoInAddrAny\n" if local else "")
             + nodes
-            + f"PartitionName=gpu Nodes=node[1-{self.nodes}] Default=YES MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF\n"
-            + f"PartitionName=last Nodes=node[{self.nodes - 2}-{self.nodes}] MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF\n"
-            + f"PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10\n"
+            + "PartitionName=DEFAULT MaxTime=7-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF\n"
+            + f"PartitionName=gpu Nodes=node[1-{self.nodes}] Default=YES\n"
+            + f"PartitionName=last Nodes=node[{self.nodes - 2}-{self.nodes}]\n"
+            + f"PartitionName=low Nodes=node[1-{self.nodes}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=10\n"
         )
 
 

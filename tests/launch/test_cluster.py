@@ -30,7 +30,7 @@ def test_presets() -> None:
         ("name: x\ngpus_per_node: 8\ntasks_per_node: 4\n", 3, "a rank has one GPU"),
         ("name: x\nlauncher: mpirun\n", 2, "'srun' or 'torchrun'"),
         ("name: x\naccount: 'a; rm -rf /'\n", 2, "cannot go into a batch script"),
-        ("name: x\npartition: \"gpu\\n#SBATCH --qos=high\"\n", 2, "cannot go into a batch script"),
+        ('name: x\npartition: "gpu\\n#SBATCH --qos=high"\n', 2, "cannot go into a batch script"),
         ("name: x\ncontainer:\n  image: a.sqsh\n  mounts:\n    - /a\n    - b:/c\n", 6, "is not a mount"),
         ("name: x\nenv:\n  A-B: 1\n", 3, "is not the name of an environment variable"),
         ("name: x\nvenv: envs/moe\n", 2, "is not an absolute path"),

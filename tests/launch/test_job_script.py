@@ -1,4 +1,5 @@
-"""What the batch script does next, for everything that a start can come to: the script itself, with stand-ins for Slurm's commands.
+"""What the batch script does next, for everything that a start can come to: the script itself, with stand-ins for
+Slurm's commands.
 
 `test_on_slurm.py` has the same script on a real Slurm, for what a real one can be brought to do.
 """

@@ -1,4 +1,5 @@
-"""`launch local` and `launch hostfile`: started again after a failure, and not when that would change nothing; alerts, cancel."""
+"""`launch local` and `launch hostfile`: started again after a failure, and not when that would change nothing; alerts,
+cancel."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from tests.launch.launched import PATIENCE, Launched
 
 @pytest.fixture
 def full(slurm):
-    """A folder that lies on a full disk on the first node of partition `last`: (the folder, the names of its three nodes)."""
+    """A folder that lies on a full disk on the first node of partition `last`: (the folder, the names of its three
+    nodes)."""
     slurm.resume()
     folder = slurm.folder / "scratch"
     folder.mkdir(exist_ok=True)

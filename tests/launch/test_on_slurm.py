@@ -16,7 +16,8 @@ from tests.launch.launched import PATIENCE, ROOT, Launched
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm, tmp_path_factory):
-    """A run whose time is up after two minutes, and longer than anybody waits for; the other tests go on meanwhile, before it."""
+    """A run whose time is up after two minutes, and longer than anybody waits for; the other tests go on meanwhile,
+    before it."""
     folder = tmp_path_factory.mktemp("limited")
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec nice -n 10 {sys.executable} "$@"\n')

@@ -1,4 +1,5 @@
-"""The check of the nodes, as processes that stand for nodes: real sockets, real exchanges over gloo, a real nvidia-smi of our own."""
+"""The check of the nodes, as processes that stand for nodes: real sockets, real exchanges over gloo, a real nvidia-smi
+of our own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 # What nvidia-smi 550 prints for a node of two H100; each answer can be replaced.
 ANSWERS = {
-    "gpu": "{index}, GPU-{index}, NVIDIA H100 80GB HBM3, 550.90.07, 81559, 4, 31, 0, Not Active, Not Active, Not Active, Not Active\n",
+    "gpu": "{index}, GPU-{index}, NVIDIA H100 80GB HBM3, 550.90.07, 81559, 4, 31, 0" + 4 * ", Not Active" + "\n",
     "apps": "",
     "rows": "GPU-{index}, No, No\n",
     "header": "| NVIDIA-SMI 550.90.07              Driver Version: 550.90.07      CUDA Version: 12.4     |\n",
@@ -34,7 +35,8 @@ if "clocks_event_reasons" in asked and answers.get("old"):
 if "error" in answers:
     print(answers["error"])
     sys.exit(9)
-kind = {{"--query-gpu": "gpu", "--query-compute-apps": "apps", "--query-remapped-rows": "rows", "": "header"}}[asked.partition("=")[0]]
+kinds = {{"--query-gpu": "gpu", "--query-compute-apps": "apps", "--query-remapped-rows": "rows", "": "header"}}
+kind = kinds[asked.partition("=")[0]]
 count = 1 if kind in ("apps", "header") else answers.get("count", 2)
 for index in range(count):
     print(answers[kind].format(index=index), end="")
@@ -118,7 +120,8 @@ def test_disks(tmp_path) -> None:
 def preflight(
     folder: Path, nodes: list[str], start: list[str] | None = None, broken: str | None = None, **settings: object
 ) -> tuple[dict, str]:
-    """Run the preflight of `nodes` (addresses of this machine), of which `start` come and `broken` has no network; the verdict, and what was said."""
+    """Run the preflight of `nodes` (addresses of this machine), of which `start` come and `broken` has no network; the
+    verdict, and what was said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -195,7 +198,8 @@ def test_a_node_without_the_network_of_the_run_is_named(tmp_path) -> None:
 @pytest.mark.parametrize("count", [3, 4, 5, 12, 13])
 @pytest.mark.parametrize("bad", [{0}, {1}, {0, 2}])
 def test_exchanges_of_pairs_tell_whose_fault_it_is(count: int, bad: set[int]) -> None:
-    """A node that computes alone and exchanges with nobody; where each pair of neighbours has such a one, nobody can tell."""
+    """A node that computes alone and exchanges with nobody; where each pair of neighbours has such a one, nobody can
+    tell."""
 
     class Rehearsed(Judge):
         def _try(self, groups):

@@ -19,14 +19,23 @@ from launch.script import alerts, render, slurm_time
 from moe_train.cli import main
 from tests.launch.runs import write_run
 
-
 KINDS = {
     "plain": {},
     "gpus": {"gpus_per_node": 8, "gpu_type": "h100", "memory": "0", "exclusive": True, "cpus_per_task": 12},
     "torchrun": {"gpus_per_node": 8, "launcher": "torchrun"},
-    "container": {"gpus_per_node": 8, "container": {"image": "a/b:c", "mounts": ["/data:/d:ro"]}, "scratch": "/local disk"},
+    "container": {
+        "gpus_per_node": 8,
+        "container": {"image": "a/b:c", "mounts": ["/data:/d:ro"]},
+        "scratch": "/local disk",
+    },
     "bare": {"preflight": None},
-    "site": {"modules": ["cuda/12.8"], "env": {"A": "it's 1"}, "setup": ["ulimit -n 65536"], "account": "me", "qos": "high"},
+    "site": {
+        "modules": ["cuda/12.8"],
+        "env": {"A": "it's 1"},
+        "setup": ["ulimit -n 65536"],
+        "account": "me",
+        "qos": "high",
+    },
     "alerts": {"alert_command": "logger -t moe", "alert_webhook": "https://example.org/hook?a=1&b=2"},
 }
 
@@ -52,9 +61,21 @@ def _check(script: str) -> None:
 
 
 def test_what_the_script_says(tmp_path: Path) -> None:
-    run = write_run(tmp_path, KINDS["gpus"] | {"partition": "gpu", "warning": "5m"}, training={"global_batch_size": 48, "micro_batch_size": 1})
+    run = write_run(
+        tmp_path,
+        KINDS["gpus"] | {"partition": "gpu", "warning": "5m"},
+        training={"global_batch_size": 48, "micro_batch_size": 1},
+    )
     script = render(load_job(str(run), ["optimizer.lr=1e-3"], nodes=3, time="1-12:00:00"))
-    for line in ("nodes=3", "ntasks-per-node=8", "gpus-per-node=h100:8", "time=1-12:00:00", "signal=B:USR1@300", "partition=gpu", "mem=0"):
+    for line in (
+        "nodes=3",
+        "ntasks-per-node=8",
+        "gpus-per-node=h100:8",
+        "time=1-12:00:00",
+        "signal=B:USR1@300",
+        "partition=gpu",
+        "mem=0",
+    ):
         assert f"\n#SBATCH --{line}\n" in script
     for line in ("requeue", "open-mode=append", "exclusive", "wait-all-nodes=1"):
         assert f"\n#SBATCH --{line}\n" in script
@@ -65,7 +86,8 @@ def test_what_the_script_says(tmp_path: Path) -> None:
 
 
 def test_everything_runs_in_the_container(tmp_path: Path, monkeypatch) -> None:
-    """The check of the files, the look at the nodes and the ranks: pyxis' options on each srun, with the image's own Python."""
+    """The check of the files, the look at the nodes and the ranks: pyxis' options on each srun, with the image's own
+    Python."""
     monkeypatch.chdir(tmp_path)
     image, mounts = "/shared/images/moe-train.sqsh", [f"{tmp_path}:{tmp_path}", "/shared"]
     cluster = {"gpus_per_node": 8, "container": {"image": image, "mounts": mounts}, "scratch": "/local"}
@@ -153,11 +175,15 @@ def test_the_script_tells_a_command_and_a_webhook(tmp_path: Path, webhook) -> No
     url, messages = webhook
     job = load_job(str(write_run(tmp_path, {"alert_command": f"tee -a {tmp_path}/alerts <<<", "alert_webhook": url})))
     lines = "\n".join(alerts(job))
-    script = f"SELF='job 7, restart 1'\ntell() {{\n{lines}\n}}\ntell 'the run is over, status 2: \"lr: \\\\ is wrong\"'\n"
+    script = (
+        f"SELF='job 7, restart 1'\ntell() {{\n{lines}\n}}\ntell 'the run is over, status 2: \"lr: \\\\ is wrong\"'\n"
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert messages == ["run: job 7, restart 1: the run is over, status 2: lr:  is wrong"]
-    assert (tmp_path / "alerts").read_text() == 'run: job 7, restart 1: the run is over, status 2: "lr: \\\\ is wrong"\n'
+    assert (
+        tmp_path / "alerts"
+    ).read_text() == 'run: job 7, restart 1: the run is over, status 2: "lr: \\\\ is wrong"\n'
 
 
 def test_an_alert_that_fails_is_not_in_the_way(tmp_path: Path) -> None:

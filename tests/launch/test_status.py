@@ -27,12 +27,20 @@ def folder(tmp_path: Path) -> Path:
     start = {"kind": "start", "job": "7", "nodes": "node[1-2]"}
     append_line(notes, {**start, "time": "2026-01-01T00:00:00.000+00:00", "restart": 0, "saved": 0})
     append_line(
-        notes, {"kind": "end", "time": "2026-01-01T01:00:00.000+00:00", "code": 5, "reason": "a rank was lost", "saved": 8}
+        notes,
+        {"kind": "end", "time": "2026-01-01T01:00:00.000+00:00", "code": 5, "reason": "a rank was lost", "saved": 8},
     )
     append_line(notes, {**start, "time": "2026-01-01T01:30:00.000+00:00", "restart": 1, "saved": 8})
     folder.start(config.to_yaml())
     for step in range(1, 11):
-        line = {"step": step, "tokens": 64 * step, "phase": "stable", "loss": 4.5, "tokens_per_second": 16.0, "mfu": 0.4}
+        line = {
+            "step": step,
+            "tokens": 64 * step,
+            "phase": "stable",
+            "loss": 4.5,
+            "tokens_per_second": 16.0,
+            "mfu": 0.4,
+        }
         append_line(folder.metrics_path, line)
     (folder.logs / "slurm-7.out").write_text("one\ntwo\nthree\n")
     (folder.logs / "rank_00000.log").write_text("zero\n")
@@ -46,11 +54,20 @@ def test_everything_is_told(folder: Path, capsys) -> None:
     assert (found["step"], found["tokens"], found["total_tokens"], found["phase"]) == (10, 640, 2560, "stable")
     assert (found["loss"], found["tokens_per_second"], found["mfu"]) == (4.5, 16.0, 0.4)
     assert [(each["code"], each["reason"], each["saved"]) for each in found["restarts"]] == [(5, "a rank was lost", 8)]
-    assert found["seconds_to_go"] == 120 and found["expected_end"] and found["dollars_to_go"] == pytest.approx(20 * 120 / 3600)
+    assert (
+        found["seconds_to_go"] == 120
+        and found["expected_end"]
+        and found["dollars_to_go"] == pytest.approx(20 * 120 / 3600)
+    )
     assert found["dollars_so_far"] > 20.0
     assert main(["launch", "status", str(folder)]) == 0
     text = capsys.readouterr().out
-    for words in ("step 10, 640 of 2.56K (25.0%), phase stable", "16 tokens/s, MFU 40.0%", "at step 8: a rank was lost", "in 2m"):
+    for words in (
+        "step 10, 640 of 2.56K (25.0%), phase stable",
+        "16 tokens/s, MFU 40.0%",
+        "at step 8: a rank was lost",
+        "in 2m",
+    ):
         assert words in text, text
 
 

@@ -94,9 +94,7 @@ def test_an_error_says_its_status(
     assert capsys.readouterr().err == "error: what and where\n"
 
 
-def test_a_bug_is_a_traceback_and_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_is_a_traceback_and_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(monkeypatch, "moe_train.training.run", pretrain=lambda *_: {}["missing"])
     assert main(["pretrain", "demo"]) == 1
     text = capsys.readouterr().err
@@ -141,9 +139,7 @@ def test_score_and_generate_pass_everything_on(monkeypatch: pytest.MonkeyPatch) 
     stand_in(monkeypatch, "moe_train.inference.generate", generate=note)
     assert main(["score", "ck", "--ids", "i.npy", "parallel.tensor=2", "--out", "o.npz", "--nproc", "2"]) == 0
     assert seen[0] == (("ck", "i.npy", "o.npz", 2, ["parallel.tensor=2"]), {})
-    assert (
-        main(["generate", "ck", "--prompt", "-x", "--max-tokens", "3", "--top-p", "0.5", "--seed", "7"]) == 0
-    )
+    assert main(["generate", "ck", "--prompt", "-x", "--max-tokens", "3", "--top-p", "0.5", "--seed", "7"]) == 0
     assert seen[1][0] == ("ck", "-x")
     expected = {"max_tokens": 3, "temperature": 1.0, "top_p": 0.5, "seed": 7, "nproc": None, "overrides": []}
     assert seen[1][1] == expected

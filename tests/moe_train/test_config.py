@@ -16,8 +16,7 @@ from parallel.errors import LayoutError
 
 MODEL = "vocab_size: 64\nhidden_size: 16\nnum_layers: 2\nattention: {num_kv_heads: 2, head_dim: 8}\n"
 MIXTURE = (
-    "sequence_length: 32\nseed: 1\nsources: {a: {paths: [a.bin]}}\n"
-    "phases: [{name: p, tokens: 100K, weights: {a: 1}}]\n"
+    "sequence_length: 32\nseed: 1\nsources: {a: {paths: [a.bin]}}\nphases: [{name: p, tokens: 100K, weights: {a: 1}}]\n"
 )
 RUN = "output_dir: out\nmodel: model.yaml\ndata:\n  mixture: ../data/mix.yaml\n"
 
@@ -59,9 +58,7 @@ def test_three_keys_are_enough(folder: Path) -> None:
     assert config.data.mixture == str(folder / "data/mix.yaml")  # relative to the file that names it
     assert config.model.hidden_size == 16 and config.model.mlp.num_experts == 8
     assert config.mixture.sequence_length == 32 and config.total_tokens == 100_000
-    assert config.schedule.warmup == Duration(tokens=1000) and config.schedule.decay == Duration(
-        tokens=20_000
-    )
+    assert config.schedule.warmup == Duration(tokens=1000) and config.schedule.decay == Duration(tokens=20_000)
     assert config.layout(2).data == 2
 
 
@@ -154,14 +151,12 @@ def test_overrides_reach_into_sections_and_files(dashes: str, folder: Path) -> N
 def test_paths_of_overrides_are_relative_to_the_working_folder(folder: Path) -> None:
     (folder / "work/other.yaml").write_text(MODEL.replace("16", "32"))
     (folder / "work/mix.yaml").write_text(MIXTURE)
-    config = load_run(
-        folder / "conf/run.yaml", ["model=other.yaml", "model.num_layers=1", "data.mixture=mix.yaml"]
-    )
+    config = load_run(folder / "conf/run.yaml", ["model=other.yaml", "model.num_layers=1", "data.mixture=mix.yaml"])
     assert (config.model.hidden_size, config.model.num_layers) == (32, 1)
     assert config.data.mixture == str(folder / "work/mix.yaml")
-    assert load_run(
-        folder / "conf/run.yaml", ["checkpoint.initialize_from=x/y"]
-    ).checkpoint.initialize_from == str(folder / "work/x/y")
+    assert load_run(folder / "conf/run.yaml", ["checkpoint.initialize_from=x/y"]).checkpoint.initialize_from == str(
+        folder / "work/x/y"
+    )
 
 
 def test_a_replaced_section_need_not_exist(folder: Path) -> None:
@@ -310,9 +305,7 @@ def test_layout_checks_the_first_batches_too(folder: Path) -> None:
 
 
 def test_batch_size_warmup_grows_in_multiples_of_its_start(folder: Path) -> None:
-    training = load_run(
-        folder / "conf/run.yaml", ["training.batch_size_warmup={start: 4, tokens: 1000}"]
-    ).training
+    training = load_run(folder / "conf/run.yaml", ["training.batch_size_warmup={start: 4, tokens: 1000}"]).training
     sizes = [training.batch_size(tokens) for tokens in range(0, 1500, 10)]
     assert sizes[0] == 4 and sizes[-1] == 16 and set(sizes) == {4, 8, 12, 16} and sizes == sorted(sizes)
     assert training.batch_size(999) == 12 and training.batch_size(1000) == 16

@@ -20,10 +20,8 @@ MODEL = (
 )
 MIXTURE = (
     "sequence_length: 32\nseed: 1\n"
-    "sources: {a: {paths: [a.bin]}, b: {paths: [b.bin]}}\n"
-    "phases:\n"
-    "- {name: first, tokens: 6400, weights: {a: 3, b: 1}}\n"
-    "- {name: second, tokens: 3200, weights: {a: 1, b: 1}}\n"
+    "sources: {a: {paths: [a.bin]}, b: {paths: [b.bin]}}\nphases:\n"
+    "- {name: first, tokens: 6400, weights: {a: 3, b: 1}}\n- {name: second, tokens: 3200, weights: {a: 1, b: 1}}\n"
 )
 RUN = "output_dir: out\nmodel: model.yaml\ndata: {mixture: mix.yaml}\ntraining: {global_batch_size: 8}\n"
 
@@ -119,9 +117,7 @@ def test_a_run_that_goes_by_its_ledger(folder: Path, capsys: pytest.CaptureFixtu
         (["model.yaml"], "unknown key"),
     ],
 )
-def test_refused(
-    arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused(arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, "mix", *arguments)
 
 
@@ -132,9 +128,7 @@ def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return printed(capsys, "pretrain", "run.yaml", "--dry-run", *arguments)
 
 
-def test_a_dry_run_shows_everything_and_starts_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_shows_everything_and_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = dry(capsys, "--nproc", "2", "parallel.tensor=2", "parallel.expert=2", "optimizer.lr=1e-3")
     model = load_run("run.yaml").model
     for part in (
@@ -155,9 +149,7 @@ def test_steps_of_a_batch_that_grows_are_counted(folder: Path, capsys: pytest.Ca
     assert "in 40 steps, stopped after 5 (training.max_steps)" in text  # 5 steps of 4 sequences, then 35 of 8
 
 
-def test_the_number_of_ranks(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_ranks(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 ranks = tensor 1 x pipeline 2" in dry(capsys, "parallel.pipeline=2")  # the fewest
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert "2 ranks = tensor 1 x pipeline 1 x data 2" in dry(capsys)

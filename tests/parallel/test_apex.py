@@ -40,5 +40,7 @@ def test_a_namesake_is_refused_with_what_to_do(tmp_path):
 
 def test_nvidias_is_found_and_none_is_fine(tmp_path):
     find = "from parallel.apex import find_apex; print(find_apex())"
-    assert python(find, package(tmp_path, "multi_tensor_apply", "optimizers", "normalization")) == f"{tmp_path / 'apex'}\n"
+    assert (
+        python(find, package(tmp_path, "multi_tensor_apply", "optimizers", "normalization")) == f"{tmp_path / 'apex'}\n"
+    )
     assert python(find, tmp_path / "empty") == "None\n"

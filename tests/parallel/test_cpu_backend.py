@@ -1,4 +1,5 @@
 """Every stand-in still has the caller it was made for, and the engine checks its own version."""
+
 from __future__ import annotations
 
 import importlib

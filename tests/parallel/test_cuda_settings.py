@@ -38,7 +38,8 @@ from moe_train.training import run
 from parallel.layout import Layout
 sys.modules["parallel.engine"] = None
 try:
-    run._start_and_train(SimpleNamespace(layout=lambda ranks: Layout(ranks, ranks, 1, None, 1, 1)), 2, "never", None, "")
+    config = SimpleNamespace(layout=lambda ranks: Layout(ranks, ranks, 1, None, 1, 1))
+    run._start_and_train(config, 2, "never", None, "")
 except ImportError:
     print(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], "torch" in sys.modules)
 """

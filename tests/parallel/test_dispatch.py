@@ -14,9 +14,7 @@ TOKENS, EXPERTS, WIDTH = 9, 5, 4
 def topology():
     from parallel import engine
 
-    yield engine.start(
-        Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1
-    )
+    yield engine.start(Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1)
     engine.stop()
 
 
@@ -63,9 +61,7 @@ def partly_sent(request, dispatcher):
 
 
 def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    ).requires_grad_()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
 
 
 def pairs_by_expert(experts: torch.Tensor) -> list[tuple[int, int]]:

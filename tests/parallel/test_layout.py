@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from parallel.errors import LayoutError
 from parallel.layout import Layout, ParallelConfig, resolve_layout, smallest_world
 
-SHAPE = dict(
-    num_layers=4, num_kv_heads=4, attention_experts=8, mlp_experts=8, micro_batch_size=2, global_batch_size=16
-)
+SHAPE = dict(num_layers=4, num_kv_heads=4, attention_experts=8, mlp_experts=8, micro_batch_size=2, global_batch_size=16)
 
 
 def resolve(world: int, parallel: dict | None = None, **shape: int) -> Layout:

@@ -17,7 +17,7 @@ from parallel.rank import is_lost_connection
 from parallel.rank_env import expand_tasks_per_node, first_host, rank_environment
 from parallel.spawn import run_ranks, spawn_ranks
 
-RANKS = '''
+RANKS = """
 import json, os, signal, sys, time
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def saves(folder):
 def ignores(folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sleep(folder)
-'''
+"""
 
 PARENT = """
 import sys
@@ -252,7 +252,9 @@ def test_rank_environment_of_torchrun_and_of_srun():
 
 
 def test_slurm_notations():
-    assert first_host("gpu[03-07,9],x1") == "gpu03" and first_host("a1,a2") == "a1" and first_host("n[1-2]-ib") == "n1-ib"
+    assert (
+        first_host("gpu[03-07,9],x1") == "gpu03" and first_host("a1,a2") == "a1" and first_host("n[1-2]-ib") == "n1-ib"
+    )
     assert expand_tasks_per_node("8(x2),4") == [8, 8, 4]
 
 

@@ -1,4 +1,5 @@
-"""Adaptive against fixed coefficients of the load-balancing loss: python docs/experiments/adaptive-coefficient/experiment.py [run|report]"""
+"""Adaptive against fixed coefficients of the load-balancing loss: python
+docs/experiments/adaptive-coefficient/experiment.py [run|report]"""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def report() -> None:
                     )
             final = [value for name, value in line.items() if name.startswith("validation/")]
             print(
-                f"{variant} seed {seed}: last 100 steps {mean(recent[-100:]):.4f}, held-out {mean(final) if final else float('nan'):.4f}"
+                f"{variant} seed {seed}: last 100 steps {mean(recent[-100:]):.4f}, held-out "
+                f"{mean(final) if final else float('nan'):.4f}"
             )
     write_csv(HERE / "data.csv", rows)
     draw(read_csv(HERE / "data.csv"))

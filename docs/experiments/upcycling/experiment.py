@@ -103,7 +103,8 @@ def report() -> None:
             if mine:
                 losses = [row["held_out_loss"] for row in mine]
                 print(
-                    f"| {variant} | {budget:g} | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | {mean(r['similarity'] for r in mine):.2f} |"
+                    f"| {variant} | {budget:g} | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | "
+                    f"{mean(r['similarity'] for r in mine):.2f} |"
                 )
     draw(rows)
 

@@ -76,9 +76,7 @@ def test_a_bad_one_is_named_and_set_aside_not_deleted(run, capsys) -> None:
     (folder / "iter_0000200" / "__0_0.distcp").unlink()
     assert find_checkpoint(folder) == folder / "iter_0000100"
     said = capsys.readouterr().out
-    assert (
-        "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
-    )
+    assert "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
     assert (folder / "iter_0000300.damaged" / "run_state.json").exists()
     assert (folder / POINTER).read_text() == "100\n"
 

@@ -67,9 +67,7 @@ def folder(tmp_path) -> Path:
     for step in range(100, 1100, 100):
         path = tmp_path / checkpoint_name(step)
         path.mkdir()
-        (path / "run_state.json").write_text(
-            json.dumps({"format_version": 1, "step": step, "tokens": 1000 * step})
-        )
+        (path / "run_state.json").write_text(json.dumps({"format_version": 1, "step": step, "tokens": 1000 * step}))
     return tmp_path
 
 

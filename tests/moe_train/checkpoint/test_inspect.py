@@ -29,8 +29,7 @@ def test_list_tells_whole_from_damaged_from_verified(run, capsys) -> None:
     newest = found["iter_0000300"]
     size = sum(path.stat().st_size for path in (run / "checkpoints" / "iter_0000300").iterdir())
     manifest = sum(
-        (run / "checkpoints" / "iter_0000300" / name).stat().st_size
-        for name in ("manifest.json", "manifest.json.xxh3")
+        (run / "checkpoints" / "iter_0000300" / name).stat().st_size for name in ("manifest.json", "manifest.json.xxh3")
     )
     assert (newest["step"], newest["tokens"], newest["bytes"]) == (300, 300_000, size - manifest)
     assert newest["age_seconds"] < 60
@@ -72,13 +71,9 @@ def test_what_is_not_covered_is_named(metadata) -> None:
     stored = metadata.state_dict_metadata
     chunks = stored["weights.embedding.weight"].chunks
     chunks.append(chunks[0])
-    assert what_is_not_covered(metadata, MODEL).startswith(
-        "weights.embedding.weight: the rectangle at (0, 0)"
-    )
+    assert what_is_not_covered(metadata, MODEL).startswith("weights.embedding.weight: the rectangle at (0, 0)")
     chunks.clear()
-    assert (
-        what_is_not_covered(metadata, MODEL) == "weights.embedding.weight: 28 of 28 elements are not covered"
-    )
+    assert what_is_not_covered(metadata, MODEL) == "weights.embedding.weight: 28 of 28 elements are not covered"
     stored["exp_avg.embedding.weight"] = stored.pop("weights.embedding.weight")
     assert what_is_not_covered(metadata, MODEL) == "weights.embedding.weight is missing"
 

@@ -25,9 +25,7 @@ def test_the_same_model(state) -> None:
     check_same_model(state, MODEL)
 
 
-@pytest.mark.parametrize(
-    "free", [{"router": RouterConfig(z_coef=0.5)}, {"max_sequence_length": 8}, {"init_std": 0.5}]
-)
+@pytest.mark.parametrize("free", [{"router": RouterConfig(z_coef=0.5)}, {"max_sequence_length": 8}, {"init_std": 0.5}])
 def test_what_no_weight_depends_on_may_differ(state, free) -> None:
     check_same_model(state, MODEL.model_copy(update=free))
 

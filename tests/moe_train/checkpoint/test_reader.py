@@ -90,9 +90,7 @@ def test_only_what_is_wanted_is_read(tmp_path, monkeypatch) -> None:
         reader, "_fill", lambda file, begin, tensor: (read.append(tensor.nbytes), fill(file, begin, tensor))
     )
     target = torch.empty(1, 16, 16)
-    read_pieces(
-        tmp_path, [Piece("experts", (8, 16, 16), (3, 0, 0), (1, 16, 16), target.dtype, lambda: target)]
-    )
+    read_pieces(tmp_path, [Piece("experts", (8, 16, 16), (3, 0, 0), (1, 16, 16), target.dtype, lambda: target)])
     assert torch.equal(target[0], stack[3])
     assert sum(read) == target.nbytes
 

@@ -50,6 +50,4 @@ def test_any_cuts_of_a_tensor_tile_it(shape, data) -> None:
     lost = data.draw(st.integers(0, len(found) - 1))
     assert "not covered" in what_is_not_tiled(shape, found[:lost] + found[lost + 1 :])
     assert "overlaps" in what_is_not_tiled(shape, [*found, found[lost]])
-    assert "sticks out" in what_is_not_tiled(
-        shape, [*found, ((0,) * len(shape), tuple(n + 1 for n in shape))]
-    )
+    assert "sticks out" in what_is_not_tiled(shape, [*found, ((0,) * len(shape), tuple(n + 1 for n in shape))])

@@ -137,9 +137,7 @@ def test_a_full_disk_costs_one_checkpoint(ranks, tmp_path, rank) -> None:
 def test_a_folder_that_cannot_be_written(ranks, tmp_path, async_save) -> None:
     (tmp_path / "file").touch()
     said = ranks(2).run(ON_RANKS + "save_into", str(tmp_path / "file" / "checkpoints"), async_save)
-    assert (
-        len(said[0]) == 1 and "iter_0000001 was not written" in said[0][0] and "Not a directory" in said[0][0]
-    )
+    assert len(said[0]) == 1 and "iter_0000001 was not written" in said[0][0] and "Not a directory" in said[0][0]
     assert not said[1]
 
 

@@ -60,9 +60,7 @@ def test_each_in_its_own_precision(tmp_path, weights) -> None:
     write_weights(tmp_path / "out", MODEL, weights.items(), dtypes)
     reader = WeightsReader(tmp_path / "out")
     for name in SHAPES:
-        assert reader.dtype(name) == dtypes[name] and torch.equal(
-            reader.read(name), weights[name].to(dtypes[name])
-        )
+        assert reader.dtype(name) == dtypes[name] and torch.equal(reader.read(name), weights[name].to(dtypes[name]))
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, weights) -> None:
@@ -152,6 +150,4 @@ def test_a_full_disk_says_so(tmp_path) -> None:
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True, text=True, timeout=60)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    assert done.stdout == "2 out cannot be written (No space left on device): choose another folder\n", (
-        done.stderr
-    )
+    assert done.stdout == "2 out cannot be written (No space left on device): choose another folder\n", done.stderr

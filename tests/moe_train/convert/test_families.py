@@ -64,9 +64,7 @@ def test_out_and_in_again_changes_no_bit(tmp_path, config, dtype):
     to_hf(write_checkpoint(tmp_path / "ours", config, weights), tmp_path / "hf", 9_000)
     from_hf(tmp_path / "hf", tmp_path / "again")
     reader = WeightsReader(tmp_path / "again")
-    assert reader.config == config.model_copy(
-        update={} if config.mlp.num_experts else {"router": RouterConfig()}
-    )
+    assert reader.config == config.model_copy(update={} if config.mlp.num_experts else {"router": RouterConfig()})
     assert list(weights) == reader.names
     for name, tensor in weights.items():
         assert reader.dtype(name) == dtype and bits(reader.read(name)) == bits(tensor), name
@@ -95,7 +93,10 @@ def test_without_a_tokenizer_the_special_ids_are_the_familys(tmp_path, config):
     from transformers import AutoConfig
 
     to_hf(write_checkpoint(tmp_path / "ours", config, random_weights(config)), tmp_path / "hf")
-    read, theirs = json.loads((tmp_path / "hf" / "config.json").read_text()), AutoConfig.from_pretrained(tmp_path / "hf")
+    read, theirs = (
+        json.loads((tmp_path / "hf" / "config.json").read_text()),
+        AutoConfig.from_pretrained(tmp_path / "hf"),
+    )
     defaults, names = type(theirs)(), ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [read[name] for name in names] == [getattr(defaults, name) for name in names]
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
@@ -169,9 +170,7 @@ def test_a_model_that_is_of_no_family():
             attention=GroupedQueryAttentionConfig(num_heads=5, num_kv_heads=1, head_dim=8)
         ),
         "attention.bias is always true": ModelConfig(attention=MixtureOfAttentionConfig(bias=False)),
-        "the routers of attention and mlp differ": ModelConfig(
-            mlp=MixtureOfMLPConfig(router=RouterConfig(z_coef=0.5))
-        ),
+        "the routers of attention and mlp differ": ModelConfig(mlp=MixtureOfMLPConfig(router=RouterConfig(z_coef=0.5))),
     }
     for words, config in cases.items():
         assert words in fails(hf_config, config, "float32", {})

@@ -51,11 +51,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor in the safetensors files of a folder."""
     from safetensors.torch import load_file
 
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -213,9 +209,9 @@ def test_a_training_run_exports_its_weights(tmp_path):
     steps.run_steps(built, range(2), config.vocab_size)
     chunks, _, optimizer, _, topology = built
     state = {"step": 2, "samples": 16, "tokens": 240, "precision": "bf16"}
-    Checkpointer(
-        tmp_path / "checkpoints", CheckpointConfig(**{"async": False}), chunks, optimizer, topology
-    ).save(2, state)
+    Checkpointer(tmp_path / "checkpoints", CheckpointConfig(**{"async": False}), chunks, optimizer, topology).save(
+        2, state
+    )
     engine.stop()
     to_hf(tmp_path, tmp_path / "hf")
     exported = tensors_of(tmp_path / "hf")
@@ -328,9 +324,7 @@ def test_files_that_are_not_there_or_damaged(source, tmp_path):
     (empty / "config.json").write_bytes((source / "config.json").read_bytes())
     assert "holds no weights" in fails(from_hf, empty, tmp_path / "out")
     (empty / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
-    assert "model.safetensors: is not a safetensors file" in fails(
-        from_hf, empty, tmp_path / "out", error=DamagedError
-    )
+    assert "model.safetensors: is not a safetensors file" in fails(from_hf, empty, tmp_path / "out", error=DamagedError)
     index = {"weight_map": {"model.norm.weight": "model-1.safetensors"}}
     (empty / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-1.safetensors" in fails(from_hf, empty, tmp_path / "out")

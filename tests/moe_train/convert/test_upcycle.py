@@ -176,19 +176,16 @@ def test_memory_is_near_one_layer(tmp_path):
     )
     tensors = ((name, torch.ones(shape)) for name, shape in config.parameter_shapes().items())
     write_weights(tmp_path / "dense", config, tensors, torch.float32)
-    script = (
-        """
+    script = f"""
 import json, resource, sys
 from moe_train.convert.upcycle import upcycle
 from moe_train.checkpoint.weights import WeightsReader
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 upcycle(sys.argv[1], sys.argv[2] + "/warm", 2, 1)
 before = peak()
-upcycle(sys.argv[1], sys.argv[2] + "/out", %d, 2)
+upcycle(sys.argv[1], sys.argv[2] + "/out", {EXPERTS}, 2)
 print(json.dumps(peak() - before))
 """
-        % EXPERTS
-    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "dense"), str(tmp_path)],

@@ -53,9 +53,7 @@ def test_built_twice_skipped_when_complete_and_mended_when_not(small: None, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
-def test_a_change_of_what_is_read_builds_again(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_of_what_is_read_builds_again(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_build(tmp_path)
     monkeypatch.setattr(corpora, "PROSE_PACKAGES", ("numpy",))
     assert "already" not in run_build(tmp_path)

@@ -30,9 +30,7 @@ def rows_of(steps: int = 40) -> list[dict]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows_of()) + '{"step": 41, "tok'
-    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of()) + '{"step": 41, "tok')
     return tmp_path
 
 

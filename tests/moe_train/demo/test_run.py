@@ -76,9 +76,7 @@ def test_more_tokens_lengthen_the_last_phase_alone(config: RunConfig) -> None:
     ]
 
 
-def test_beside_a_checkout_the_preset_is_used_as_it_is(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beside_a_checkout_the_preset_is_used_as_it_is(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "BUILD", Path(config.mixture.tokenizer).parent)
     assert demo.overrides(config, demo.goal_of(config, None, None)) == []
 
@@ -90,12 +88,8 @@ def test_elsewhere_the_same_phases_read_the_working_folder(config: RunConfig) ->
     assert mixture.tokenizer == str(Path("build/demo/tokenizer.model").resolve())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["--tokens", "many"], 2), (["--tokens", "1", "--more", "1"], 2)]
-)
-def test_bad_options_end_with_status_2(
-    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("arguments", "code"), [(["--tokens", "many"], 2), (["--tokens", "1", "--more", "1"], 2)])
+def test_bad_options_end_with_status_2(arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_train.demo.__main__ import main
 
     monkeypatch.setattr("sys.argv", ["demo", *arguments])

@@ -67,7 +67,9 @@ def test_score_refuses_files(checkpoint, ids, tmp_path, refused):
     assert "is not a .npy file" in refused("score", checkpoint, "--ids", tmp_path / "text.npy", "--out", out)
     np.savez(tmp_path / "many.npz", ids=GOOD)
     assert "is an archive" in refused("score", checkpoint, "--ids", tmp_path / "many.npz", "--out", out)
-    assert "cannot be written" in refused("score", checkpoint, "--ids", ids(GOOD), "--out", tmp_path / "text.npy" / "nll.npz")
+    assert "cannot be written" in refused(
+        "score", checkpoint, "--ids", ids(GOOD), "--out", tmp_path / "text.npy" / "nll.npz"
+    )
     assert "holds no checkpoint" in refused("score", tmp_path, "--ids", ids(GOOD), "--out", out)
 
 
@@ -113,9 +115,7 @@ def test_precision_is_the_checkpoints_unless_said_otherwise(checkpoint, tmp_path
 def test_a_plan_survives_the_way_to_the_ranks(checkpoint):
     planned = plan(checkpoint, 2, ["parallel.tensor=2", "training.micro_batch_size=3"])
     assert type(planned).from_payload(planned.payload()) == planned
-    assert planned.config == InferenceConfig.from_overrides(
-        ["parallel.tensor=2", "training.micro_batch_size=3"]
-    )
+    assert planned.config == InferenceConfig.from_overrides(["parallel.tensor=2", "training.micro_batch_size=3"])
 
 
 def test_a_checkpoint_that_lost_a_file(checkpoint, ids, tmp_path, refused):
@@ -140,12 +140,8 @@ def test_generate_refuses(checkpoint, tmp_path, refused):
 
 def test_generate_prints_what_it_returns(checkpoint, capsys, monkeypatch):
     """In this process: prompt and continuation are printed, also characters of several tokens."""
-    monkeypatch.setattr(
-        generating, "call_ranks", lambda planned, target, arguments: _here(planned, arguments)
-    )
-    monkeypatch.setattr(
-        generating, "start_ranks", lambda planned, target, arguments: _here(planned, arguments).code
-    )
+    monkeypatch.setattr(generating, "call_ranks", lambda planned, target, arguments: _here(planned, arguments))
+    monkeypatch.setattr(generating, "start_ranks", lambda planned, target, arguments: _here(planned, arguments).code)
     prompt, how = "def main(schöne", {"max_tokens": 30, "temperature": 1.5, "seed": 0}
     text = generating.generate_text(checkpoint, prompt, **how)
     assert capsys.readouterr().out == ""

@@ -12,9 +12,7 @@ def topology():
     """This process as the only rank."""
     from parallel import engine
 
-    yield engine.start(
-        Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1
-    )
+    yield engine.start(Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=None, expert=1, data=1), seed=1)
     engine.stop()
 
 

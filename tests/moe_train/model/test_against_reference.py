@@ -44,17 +44,14 @@ def setting(request, topology):
     config = MODELS[request.param]
     chunks = build_model(config, topology, ModelOptions(seed=3))
     copies = {
-        p.placement.name: p.detach().double().view(p.placement.global_shape).clone()
-        for p in chunks[0].parameters()
+        p.placement.name: p.detach().double().view(p.placement.global_shape).clone() for p in chunks[0].parameters()
     }
     generator = torch.Generator().manual_seed(11)
     shape = (STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH + 1)
     return config, chunks, copies, torch.randint(0, config.vocab_size, shape, generator=generator)
 
 
-def reference_steps(
-    config: ModelConfig, parameters: reference.Parameters, batches: torch.Tensor
-) -> list[dict]:
+def reference_steps(config: ModelConfig, parameters: reference.Parameters, batches: torch.Tensor) -> list[dict]:
     for parameter in parameters.values():
         parameter.requires_grad_()
     moments: dict = {}

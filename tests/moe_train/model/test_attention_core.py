@@ -1,4 +1,5 @@
 """What attention remembers while a text is continued."""
+
 from __future__ import annotations
 
 import torch

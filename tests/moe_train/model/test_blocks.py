@@ -49,9 +49,7 @@ def test_norm_in_bf16_casts_before_it_scales(topology):
     y = norm(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, normed.bfloat16() * norm.weight)
-    assert not torch.equal(y, (normed * norm.weight.float()).bfloat16()), (
-        "the two orders cannot be told apart here"
-    )
+    assert not torch.equal(y, (normed * norm.weight.float()).bfloat16()), "the two orders cannot be told apart here"
 
 
 # --- rotary embedding

@@ -75,12 +75,20 @@ def cases():
         "rotation, backward": (rope._turn_back, turn, 2),
         "SwiGLU": (mlp._swiglu, lambda rows, dtype: randoms((rows, 48), dtype=dtype), 1),
         "SwiGLU, backward": (mlp._swiglu_backward, lambda rows, dtype: randoms((rows, 24), (rows, 48), dtype=dtype), 1),
-        "router": (router._choose_and_sum, lambda rows, dtype: (routing(rows)[0].to(dtype), K, False, 0.7, rows - 2, 2), 2),
+        "router": (
+            router._choose_and_sum,
+            lambda rows, dtype: (routing(rows)[0].to(dtype), K, False, 0.7, rows - 2, 2),
+            2,
+        ),
         "router, kept alone": (router.choose, lambda rows, dtype: (routing(rows)[0].to(dtype), K, True, None), 2),
         "router, backward": (router._choice_backward, choice_backward, 2),
         "head": (head._total_and_target, lambda rows, dtype: head_gradient(rows, dtype)[:3], 1),
         "head, gradient": (head._gradient, head_gradient, 1),
-        "dispatch": (moves._sum_of_slots, lambda rows, dtype: (lambda x, _, *slots: (x, *slots))(*weighted(rows, dtype)), 2),
+        "dispatch": (
+            moves._sum_of_slots,
+            lambda rows, dtype: (lambda x, _, *slots: (x, *slots))(*weighted(rows, dtype)),
+            2,
+        ),
         "dispatch, some nobody's": (moves._or_zeros, some_nobodys, 2),
         "dispatch, weighted": (moves._weighted_sum_of_slots, weighted, 2),
         "dispatch, some left out": (moves._weighted_sum_of_slots, lambda rows, dtype: weighted(rows, dtype, True), 2),
@@ -93,8 +101,8 @@ COMPILED_WITH_GCC = ("norm", "norm, backward", "SwiGLU, backward", "router", "ro
 
 @pytest.mark.parametrize("name", cases())
 def test_compiled_is_as_written_and_compiled_for_no_number_of_rows(name, monkeypatch) -> None:
-    """Those named are compiled to machine code here, in fp32; the others as far as the compiler's own graph, which shows how
-    often that is needed, and what it computes."""
+    """Those named are compiled to machine code here, in fp32; the others as far as the compiler's own graph, which
+    shows how often that is needed, and what it computes."""
     from torch._dynamo.utils import counters
 
     function, arguments, compilations = cases()[name]
@@ -128,9 +136,9 @@ def test_the_gradient_of_the_choice(renormalize, scale) -> None:
     rows, groups = 12, 2
     ours, theirs = (routing(rows)[0].requires_grad_() for _ in range(2))
     _, _, grad_gates, grad_probability = routing(rows)
-    for logits, (gates, _, z, probability, _) in (
-        (ours, _Choice.apply(ours, K, renormalize, scale, rows - 2, groups)),
-        (theirs, _sum(theirs, K, renormalize, scale, rows - 2, groups, torch.topk)),
+    for gates, _, z, probability, _ in (
+        _Choice.apply(ours, K, renormalize, scale, rows - 2, groups),
+        _sum(theirs, K, renormalize, scale, rows - 2, groups, torch.topk),
     ):
         ((gates * grad_gates).sum() + 0.3 * z + (probability * grad_probability).sum()).backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
@@ -184,4 +192,6 @@ def test_what_the_compiler_lacks_is_said_and_nothing_is_compiled(monkeypatch, tm
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert fuse.has_compiler.__wrapped__() == (missing is None)
-    assert [str(each.message).startswith(f"torch.compile lacks {missing}") for each in said] == [True] * (missing is not None)
+    assert [str(each.message).startswith(f"torch.compile lacks {missing}") for each in said] == [True] * (
+        missing is not None
+    )

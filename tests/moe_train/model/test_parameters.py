@@ -19,9 +19,7 @@ SHAPES = {
 }
 
 
-def drawn(
-    name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None, seed: int = 1
-):
+def drawn(name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None, seed: int = 1):
     from moe_train.model.parameters import initialize, new_parameter
 
     parameter = new_parameter(
@@ -38,10 +36,7 @@ def test_a_slice_is_drawn_as_the_whole_is(topology, name):
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         low = [int(torch.randint(0, extent, (), generator=generator)) for extent in whole.shape]
-        high = [
-            int(torch.randint(at + 1, extent + 1, (), generator=generator))
-            for at, extent in zip(low, whole.shape)
-        ]
+        high = [int(torch.randint(at + 1, extent + 1, (), generator=generator)) for at, extent in zip(low, whole.shape)]
         expected = whole[tuple(slice(a, b) for a, b in zip(low, high))]
         part = drawn(name, tuple(low), tuple(b - a for a, b in zip(low, high)))
         assert torch.equal(part, expected), (low, high)
@@ -59,9 +54,7 @@ def test_padding_norms_and_biases(topology):
     from moe_train.model.parameters import initialize, new_parameter
 
     def new(name, global_shape, **where):
-        parameter = new_parameter(
-            name, global_shape, dtype=torch.float32, device=torch.device("cpu"), **where
-        )
+        parameter = new_parameter(name, global_shape, dtype=torch.float32, device=torch.device("cpu"), **where)
         with torch.no_grad():
             parameter.fill_(7.0)
         initialize(parameter, seed=1, std=0.02)
@@ -122,13 +115,9 @@ def test_counts_of_the_large_presets(topology, name):
     from moe_train.model.options import ModelOptions
 
     config = load_model(name)
-    model = build_model(
-        config, replace(topology, device=torch.device("meta")), ModelOptions(dtype=torch.bfloat16)
-    )[0]
+    model = build_model(config, replace(topology, device=torch.device("meta")), ModelOptions(dtype=torch.bfloat16))[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters()
-    assert {
-        p.placement.name: p.placement.global_shape for p in model.parameters()
-    } == config.parameter_shapes()
+    assert {p.placement.name: p.placement.global_shape for p in model.parameters()} == config.parameter_shapes()
     experts = [p for p in model.parameters() if getattr(p, "allreduce", True) is False]
     idle = sum(p.numel() * (8 - 2) // 8 for p in experts)
     assert config.num_parameters() - idle == config.num_active_parameters()

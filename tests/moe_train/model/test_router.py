@@ -18,9 +18,7 @@ def new_router(topology, top_k: int, **config):
     from moe_train.model.parameters import initialize
     from moe_train.model.router import Router
 
-    router = Router(
-        "layers.0.mlp.router", HIDDEN, EXPERTS, top_k, RouterConfig(**config), topology, torch.float32
-    )
+    router = Router("layers.0.mlp.router", HIDDEN, EXPERTS, top_k, RouterConfig(**config), topology, torch.float32)
     initialize(router.weight, seed=5, std=0.5)
     seen: list = []
     router.observe = seen.append
@@ -82,7 +80,9 @@ def test_losses_and_their_gradients(topology, scope, top_k, balance_coef, z_coef
 def test_skyworks_router_and_its_gradients(topology, loss, scale, scope):
     """Normalised logits, the squared deviation of the mean probabilities, a bias: against the formulas in fp64."""
     normal = {} if scale is None else {"normalize_logits": True, "logit_scale": scale}
-    router, seen = new_router(topology, 2, scope=scope, load_balancing=loss, load_balancing_coef=3.0, bias=True, **normal)
+    router, seen = new_router(
+        topology, 2, scope=scope, load_balancing=loss, load_balancing_coef=3.0, bias=True, **normal
+    )
     with torch.no_grad():
         router.bias.copy_(torch.linspace(-1, 1, EXPERTS))
     x, tokens = new_tokens()

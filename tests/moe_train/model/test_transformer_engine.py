@@ -2,6 +2,7 @@
 
 Where it is installed (Python 3.12, a torch with CUDA): elsewhere the choice alone is tested.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -73,7 +74,9 @@ def test_the_device_decides_on_the_recipe():
     with looks_like_an_h100():
         for recipe in ("delayed", "tensorwise", "blockwise"):
             assert choose_kernels(None, recipe) == "transformer_engine" and row_multiple(recipe) == 16
-        with pytest.raises(EngineError, match=r"mxfp8 is not for NVIDIA H100.*: set delayed or tensorwise or blockwise"):
+        with pytest.raises(
+            EngineError, match=r"mxfp8 is not for NVIDIA H100.*: set delayed or tensorwise or blockwise"
+        ):
             choose_kernels(None, "mxfp8")
     assert row_multiple("mxfp8") == 32 and row_multiple(None) == 1
 
@@ -137,7 +140,9 @@ def test_fp8_stays_near_bf16(ranks, recipe):
 def test_every_product_of_a_layer_runs_in_fp8(ranks):
     ours, of_torch = ranks(1).run(f"{ON_CPU}:products", "tensorwise")[0], ranks(1).run(f"{ON_CPU}:products", None)[0]
     layers, micro_batches = 4, 2
-    assert ours == [layers * micro_batches * 3 * (4 + 1)] * 2, "4 grouped ones and that of keys and values, three times each"
+    assert ours == [layers * micro_batches * 3 * (4 + 1)] * 2, (
+        "4 grouped ones and that of keys and values, three times each"
+    )
     assert of_torch == [0, ours[1]]
 
 

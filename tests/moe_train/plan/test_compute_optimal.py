@@ -45,9 +45,7 @@ def test_sparsity_at_fixed_and_free_total(capsys) -> None:
     report = ask(capsys, "--flops", "1e20", "--total-params", "2B", "--sparsity", "0.8")["sparsity"]
     (fixed,) = report["fixed_total"]
     assert fixed["params"] == pytest.approx(2e9) and 0.5 < fixed["sparsity"] < 0.95
-    assert report["free"]["loss"] <= fixed["loss"] and 0.8 in [
-        row["sparsity"] for row in report["by_sparsity"]
-    ]
+    assert report["free"]["loss"] <= fixed["loss"] and 0.8 in [row["sparsity"] for row in report["by_sparsity"]]
 
 
 def test_a_fitted_law_stands_beside_the_others(capsys, tmp_path: Path) -> None:

@@ -21,15 +21,11 @@ def ask(capsys, *arguments: str) -> dict:
 def test_the_paper_s_own_setting_is_thirty_thousand_gpu_hours(capsys) -> None:
     """arXiv 2404.07413: 30,000 H100-hours, which 1.25T tokens on 96 GPUs make 11,574 tokens/s a GPU."""
     answer = ask(capsys, "cost", *PAPER, "--price", "2.0", "--tokens-per-second", "11574")
-    assert answer["gpu_hours"] == pytest.approx(30000, rel=1e-4) and answer["cost"] == pytest.approx(
-        60000, rel=1e-4
-    )
+    assert answer["gpu_hours"] == pytest.approx(30000, rel=1e-4) and answer["cost"] == pytest.approx(60000, rel=1e-4)
     assert answer["days"] == pytest.approx(13.02, abs=0.01) and answer["gpus"] == 96
     stable, decay = answer["phases"]
     assert stable["starts_after_days"] == 0
-    assert (
-        decay["starts_after_days"] == pytest.approx(answer["days"] * 0.8) and decay["first_token"] == 10**12
-    )
+    assert decay["starts_after_days"] == pytest.approx(answer["days"] * 0.8) and decay["first_token"] == 10**12
     assert answer["mfu"] == pytest.approx(11574 * 16.42e9 / 989.4e12, rel=0.002)
     assert answer["kwh"] == pytest.approx(30000 * 1.275, rel=1e-4)
 
@@ -61,7 +57,10 @@ def test_metrics_that_are_none(capsys, tmp_path: Path, line: str) -> None:
 
 
 def test_a_short_run_has_figures_too(capsys) -> None:
-    assert main(["plan", "cost", "demo", "--nodes", "1", "training.global_batch_size=32", "--tokens-per-second", "580"]) == 0
+    assert (
+        main(["plan", "cost", "demo", "--nodes", "1", "training.global_batch_size=32", "--tokens-per-second", "580"])
+        == 0
+    )
     text = capsys.readouterr().out
     for figure in ("2m53s", "0.383", "0.766 at 2", "63.8 MB"):
         assert figure in text
@@ -104,9 +103,7 @@ def test_skywork_s_rule(dense: str, moe: str, ratio: float, choice: str) -> None
 
 
 def test_upcycle_on_the_command_line(capsys) -> None:
-    answer = ask(
-        capsys, "upcycle", "--dense-tokens", "2T", "--moe-tokens", "500B", "--learning-rate-ratio", "0.1"
-    )
+    answer = ask(capsys, "upcycle", "--dense-tokens", "2T", "--moe-tokens", "500B", "--learning-rate-ratio", "0.1")
     assert answer["ratio"] == pytest.approx(0.5) and answer["choice"] == "upcycle"
     assert any("earlier checkpoint" in reason for reason in answer["reasons"])
     assert main(["plan", "upcycle", "--dense-tokens", "2T", "--moe-tokens", "-1"]) == 2

@@ -82,9 +82,7 @@ def test_a_parametric_law_is_recovered_from_noisy_runs(law: scaling.ParametricLa
     assert found.frontier.a == pytest.approx(law.frontier.a, abs=0.03)
     for flops in (1e19, 1e21):
         true, best = law.frontier.at_flops(flops), found.frontier.at_flops(flops)
-        assert found.loss(true.params, true.tokens) == pytest.approx(
-            law.loss(true.params, true.tokens), rel=2e-3
-        )
+        assert found.loss(true.params, true.tokens) == pytest.approx(law.loss(true.params, true.tokens), rel=2e-3)
         assert best.params == pytest.approx(true.params, rel=0.25)
 
 
@@ -111,9 +109,7 @@ def test_the_envelope_of_curves_recovers_the_frontier() -> None:
 
 def test_a_sparsity_law_is_recovered() -> None:
     """Of other constants than the published ones, which the fit starts from."""
-    true = SparsityLaw(
-        a=9000, alpha=0.57, b=7000, beta=0.41, c=0.5, lam=-0.12, d=15, delta=0.14, gamma=0.155, e=0.9
-    )
+    true = SparsityLaw(a=9000, alpha=0.57, b=7000, beta=0.41, c=0.5, lam=-0.12, d=15, delta=0.14, gamma=0.155, e=0.9)
     random, runs = np.random.default_rng(1), []
     for flops in (3e19, 1e20, 3e20, 1e21):
         for total in np.geomspace(2e8, 2e10, 6):
@@ -125,9 +121,7 @@ def test_a_sparsity_law_is_recovered() -> None:
     found = fit_sparsity(runs, starts=3)
     assert found.mean_squared_error < 1e-5
     for params, tokens, sparsity in ((1e9, 2e10, 0.0), (1e9, 2e10, 0.75), (8e9, 2e10, 0.9)):
-        assert found.law.loss(params, tokens, sparsity) == pytest.approx(
-            true.loss(params, tokens, sparsity), rel=3e-3
-        )
+        assert found.law.loss(params, tokens, sparsity) == pytest.approx(true.loss(params, tokens, sparsity), rel=3e-3)
 
 
 def write_csv(path: Path, runs: list[Run]) -> str:
@@ -155,9 +149,7 @@ def test_the_fitted_law_is_a_file_that_compute_optimal_takes(tmp_path: Path, cap
 
 
 def test_a_run_s_folder_is_a_run(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(
-        "model: {num_layers: 2, mlp: {num_experts: 8, top_k: 2}}\n", encoding="utf-8"
-    )
+    (tmp_path / "config.yaml").write_text("model: {num_layers: 2, mlp: {num_experts: 8, top_k: 2}}\n", encoding="utf-8")
     lines = [json.dumps({"tokens": 100 * n, "loss": 5 - 0.01 * n}) for n in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (run,) = load_runs([str(tmp_path)])

@@ -31,9 +31,7 @@ def test_the_best_layouts_fit_and_come_fastest_first(capsys) -> None:
     usable = load_hardware("h100").usable_bytes
     for row in best:
         assert row["bytes"] <= usable and 0 < row["mfu"] < answer["compute_efficiency"]["value"]
-        assert (row["bubble"] == 0) == (row["pipeline"] == 1) and row["tensor"] * row["pipeline"] * row[
-            "data"
-        ] == 96
+        assert (row["bubble"] == 0) == (row["pipeline"] == 1) and row["tensor"] * row["pipeline"] * row["data"] == 96
         assert row["seconds"]["compute"] < row["step_seconds"]
 
 
@@ -107,9 +105,7 @@ def test_calibration_finds_the_efficiency_that_was_measured(capsys, tmp_path: Pa
     true = evaluate(config, config.layout(96), hardware.model_copy(update={"compute_efficiency": slower}))
     rate = config.tokens_per_step / true.time.seconds
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(
-        "".join(json.dumps({"tokens_per_second": rate}) + "\n" for _ in range(3)), encoding="utf-8"
-    )
+    metrics.write_text("".join(json.dumps({"tokens_per_second": rate}) + "\n" for _ in range(3)), encoding="utf-8")
     answer = ask(capsys, "jetmoe_8b", "--nodes", "12", "--calibrate", str(metrics))
     assert answer["compute_efficiency"]["value"] == pytest.approx(0.21, rel=1e-6)
     assert "calibrated by" in answer["compute_efficiency"]["source"]

@@ -1,4 +1,5 @@
-"""A measured step of one GPU in the place of the modelled computation. The figures are made up here: nobody measured them."""
+"""A measured step of one GPU in the place of the modelled computation. The figures are made up here: nobody measured
+them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ def benchmark_line(**changes) -> dict:
     parts = {"attention": 0.4, "experts": 0.6}
     milliseconds = {name: 1e3 * share * MICRO_BATCHES * LAYERS * LAYER for name, share in parts.items()}
     milliseconds |= {"head": 1e3 * MICRO_BATCHES * HEAD, "optimizer": 1e3 * UPDATE, "idle": 40.0}
-    step = {"step_seconds": STEP, "tokens_per_second": MICRO_BATCHES * 4096 / STEP, "mfu": 0.4, "milliseconds": milliseconds}
+    step = {
+        "step_seconds": STEP,
+        "tokens_per_second": MICRO_BATCHES * 4096 / STEP,
+        "mfu": 0.4,
+        "milliseconds": milliseconds,
+    }
     parameters = slice_parameters()
     return {
         "benchmark": "h100_step",
@@ -70,8 +76,12 @@ def test_the_step_is_taken_apart(line: str) -> None:
 def test_extrapolated_by_hand(capsys, line: str) -> None:
     answer = ask(capsys, "--measured", line, "--best", "1000")
     assert answer["compute_efficiency"] is None and answer["measured"]["step_seconds"] == pytest.approx(STEP)
-    assert all(row["tensor"] == 1 and row["micro_batch_size"] == 1 and row["recompute"] == "none" for row in answer["best"])
-    (row,) = [row for row in answer["best"] if (row["pipeline"], row["virtual_pipeline"], row["expert"]) == (2, None, 8)]
+    assert all(
+        row["tensor"] == 1 and row["micro_batch_size"] == 1 and row["recompute"] == "none" for row in answer["best"]
+    )
+    (row,) = [
+        row for row in answer["best"] if (row["pipeline"], row["virtual_pipeline"], row["expert"]) == (2, None, 8)
+    ]
     config, hardware = load_plan("jetmoe_8b", []), load_hardware("h100")
     count = config.training.global_batch_size // 48
     measured = read_measured(line, "ours", "balanced")
@@ -97,7 +107,9 @@ def test_a_share_is_of_its_own_expert_ranks_alone(capsys, line: str) -> None:
 def test_measured_and_extrapolated_are_told_apart(capsys, line: str) -> None:
     assert main(["plan", "layout", "jetmoe_8b", "--nodes", "12", "--measured", line]) == 0
     text = capsys.readouterr().out
-    measured, assumed, extrapolated = (text.index(word) for word in ("MEASURED on one NVIDIA", "ASSUMED:", "EXTRAPOLATED, measured by nobody"))
+    measured, assumed, extrapolated = (
+        text.index(word) for word in ("MEASURED on one NVIDIA", "ASSUMED:", "EXTRAPOLATED, measured by nobody")
+    )
     assert measured < assumed < extrapolated < text.index("tokens/s/GPU")
     assert "nvlink_efficiency 0.7: assumption" in text and "compute efficiency" not in text
     assert f"{MICRO_BATCHES * 4096 / STEP:,.0f} tokens/s, MFU 40.0%" in text
@@ -146,7 +158,9 @@ def test_of_something_else(capsys, tmp_path: Path, changes: dict, says: str) -> 
     assert says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "No such file"), ("{", "not one JSON object"), ("[1]", "missing"), ("{}", "missing")])
+@pytest.mark.parametrize(
+    ("text", "says"), [(None, "No such file"), ("{", "not one JSON object"), ("[1]", "missing"), ("{}", "missing")]
+)
 def test_unreadable(capsys, tmp_path: Path, text: str | None, says: str) -> None:
     file = tmp_path / "there.json"
     if text is not None:
@@ -178,7 +192,9 @@ def test_a_profile_will_do(capsys, tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(profile), encoding="utf-8")
     (tmp_path / "line.json").write_text(json.dumps(line), encoding="utf-8")
-    assert ask(capsys, "--measured", str(file))["best"] == ask(capsys, "--measured", str(tmp_path / "line.json"))["best"]
+    assert (
+        ask(capsys, "--measured", str(file))["best"] == ask(capsys, "--measured", str(tmp_path / "line.json"))["best"]
+    )
     profile["slice"]["world_size"] = 2
     file.write_text(json.dumps(profile), encoding="utf-8")
     assert main(["plan", "layout", "jetmoe_8b", "--measured", str(file)]) == 2

@@ -22,11 +22,7 @@ LAYOUTS = [
 
 
 def name(value) -> str:
-    return (
-        "-".join(f"{key}{size}" for key, size in value.items()) or "data"
-        if isinstance(value, dict)
-        else str(value)
-    )
+    return "-".join(f"{key}{size}" for key, size in value.items()) or "data" if isinstance(value, dict) else str(value)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -86,9 +82,7 @@ def test_chunks_in_flight(layout: dict, flying: list[int]) -> None:
     shape = make_layout(4, **layout)
     stages = [shards.place(shape, rank).stage for rank in range(4)]
     assert [activations.chunks_in_flight(shape, stage, 8) for stage in stages] == flying
-    assert max(activations.chunks_in_flight(shape, stage, 1) for stage in stages) <= (
-        shape.virtual_pipeline or 1
-    )
+    assert max(activations.chunks_in_flight(shape, stage, 1) for stage in stages) <= (shape.virtual_pipeline or 1)
 
 
 def ask(capsys, *arguments: str) -> dict:
@@ -102,9 +96,7 @@ def test_jetmoe_8b_on_twelve_nodes(capsys, monkeypatch) -> None:
     assert answer["world_size"] == 96 and len(answer["ranks"]) == 96 and answer["fits_worst_case"]
     # One replica of the model is the 24 ranks that share a pipeline; the tied embedding is on two stages.
     replica = [row for row in answer["ranks"] if row["rank"] % 24 == 0]
-    assert sum(row["gradients"] for row in replica) == pytest.approx(
-        4 * (8_522_237_952 + 32000 * 2048), rel=1e-3
-    )
+    assert sum(row["gradients"] for row in replica) == pytest.approx(4 * (8_522_237_952 + 32000 * 2048), rel=1e-3)
     states = sum(row["optimizer"] for row in answer["ranks"])
     assert states == 12 * (8_522_237_952 + 32000 * 2048)
 

@@ -57,13 +57,9 @@ def test_table_a3_by_approach_3(row) -> None:
 
 def test_unrounded_constants_matter() -> None:
     best = scaling.CHINCHILLA_3.frontier.at_flops(5.76e23)
-    assert best.params == pytest.approx(40.4e9, rel=0.002) and best.tokens == pytest.approx(
-        2.38e12, rel=0.002
-    )
+    assert best.params == pytest.approx(40.4e9, rel=0.002) and best.tokens == pytest.approx(2.38e12, rel=0.002)
     rounded = scaling.ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28).frontier.at_flops(5.76e23)
-    assert rounded.params == pytest.approx(32.2e9, rel=0.002) and rounded.tokens == pytest.approx(
-        2.98e12, rel=0.002
-    )
+    assert rounded.params == pytest.approx(32.2e9, rel=0.002) and rounded.tokens == pytest.approx(2.98e12, rel=0.002)
 
 
 def test_exponents_of_table_2_and_a_size_the_paper_names() -> None:
@@ -74,16 +70,12 @@ def test_exponents_of_table_2_and_a_size_the_paper_names() -> None:
 
 def test_the_replication_says_twenty_tokens_a_parameter() -> None:
     best = scaling.REPLICATION.frontier.at_flops(5.76e23)
-    assert best.params == pytest.approx(72.2e9, rel=0.002) and best.tokens == pytest.approx(
-        1.33e12, rel=0.002
-    )
+    assert best.params == pytest.approx(72.2e9, rel=0.002) and best.tokens == pytest.approx(1.33e12, rel=0.002)
     assert best.tokens / best.params == pytest.approx(18.4, abs=0.05)
     assert scaling.REPLICATION.frontier.a == pytest.approx(0.5126, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "frontier", [scaling.CHINCHILLA_1, scaling.CHINCHILLA_2, scaling.CHINCHILLA_3.frontier]
-)
+@pytest.mark.parametrize("frontier", [scaling.CHINCHILLA_1, scaling.CHINCHILLA_2, scaling.CHINCHILLA_3.frontier])
 def test_a_size_or_tokens_lead_back_to_the_same_optimum(frontier: scaling.PowerLaw) -> None:
     best = frontier.at_flops(3e22)
     for same in (frontier.at_params(best.params), frontier.at_tokens(best.tokens)):
@@ -111,9 +103,7 @@ def test_a_law_of_impossible_constants_is_refused(bad: float) -> None:
         scaling.ParametricLaw(bad, 1.0, 1.0, 0.3, 0.3)
 
 
-@pytest.mark.parametrize(
-    ("shape", "ratio"), list(zip(TABLE_A4, [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], strict=True))
-)
+@pytest.mark.parametrize(("shape", "ratio"), list(zip(TABLE_A4, [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], strict=True)))
 def test_table_a4_ratios_to_6nd(shape, ratio: float) -> None:
     """The printed ratios leave embedding and logits out of the operations, though the text counts them."""
     assert shape.flops_per_token(vocabulary=False) / (6 * shape.params) == pytest.approx(ratio, abs=0.006)
@@ -131,9 +121,7 @@ def test_appendix_f_counts_every_term() -> None:
 
     shape = DenseShape(1, 2, 8, 1, 2)
     per_sequence = 2 * 4 * 32000 * 2 * 2  # embedding and logits
-    per_sequence += (
-        2 * 3 * 4 * 2 * 2 + 2 * 4 * 4 * 2 + 3 * 1 * 4 * 4 + 2 * 4 * 4 * 2 + 2 * 4 * 2 * 2
-    )  # attention
+    per_sequence += 2 * 3 * 4 * 2 * 2 + 2 * 4 * 4 * 2 + 3 * 1 * 4 * 4 + 2 * 4 * 4 * 2 + 2 * 4 * 2 * 2  # attention
     per_sequence += 2 * 4 * (2 * 8 + 2 * 8)
     assert shape.flops_per_token(4) == 3 * per_sequence / 4
 

@@ -21,19 +21,13 @@ def ask(capsys, *arguments: str) -> dict:
 
 def test_isoflop_runs_spend_their_budget(tmp_path: Path, capsys) -> None:
     out = tmp_path / "sweep"
-    runs = ask(capsys, "1e13", "3e13", "--base", "demo", "--out", str(out), "--around", "1M", "--sizes", "5")[
-        "runs"
-    ]
+    runs = ask(capsys, "1e13", "3e13", "--base", "demo", "--out", str(out), "--around", "1M", "--sizes", "5")["runs"]
     assert len(runs) == 10 and len({run["name"] for run in runs}) == 10
     for run in runs:
         config = load_run(out / run["file"])
         assert config.model.num_active_parameters() == run["params"]
         assert config.total_tokens == run["tokens"] == run["steps"] * config.tokens_per_step
-        assert (
-            6 * run["params"] * run["tokens"]
-            == run["flops"]
-            == pytest.approx(float(run["name"][1:5]), rel=0.01)
-        )
+        assert 6 * run["params"] * run["tokens"] == run["flops"] == pytest.approx(float(run["name"][1:5]), rel=0.01)
         assert config.output_dir == str(out / run["name"]) and config.layout(1).world_size == 1
         assert config.schedule.warmup.tokens == run["tokens"] // 100
         shares = [phase.tokens / run["tokens"] for phase in config.mixture.phases]
@@ -93,9 +87,7 @@ def test_what_a_sweep_trained_can_be_fitted(tmp_path: Path, capsys) -> None:
         (["1e13", "--around", "0"], "--around must be more than 0"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
-    arguments: list[str], expected: str, tmp_path: Path, capsys
-) -> None:
+def test_a_mistake_is_one_line_and_status_2(arguments: list[str], expected: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new"
     options, budgets = [word for word in arguments[1:]], arguments[:1]
     assert main(["plan", "sweep", "--base", "demo", "--out", str(out), *options, "--", *budgets]) == 2

@@ -83,7 +83,9 @@ def of_a_gpu(name: str, parent=None, gpu=False, microseconds=0.0, annotation=Fal
     """An event as the profiler gives it on a GPU."""
     kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
     span = SimpleNamespace(elapsed_us=lambda: microseconds)
-    return SimpleNamespace(name=name, cpu_parent=parent, device_type=kind, is_user_annotation=annotation, time_range=span, sequence_nr=-1)
+    return SimpleNamespace(
+        name=name, cpu_parent=parent, device_type=kind, is_user_annotation=annotation, time_range=span, sequence_nr=-1
+    )
 
 
 def test_kernels_and_waits_of_a_gpu():

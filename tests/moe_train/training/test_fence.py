@@ -43,15 +43,15 @@ def test_an_earlier_incarnation_of_the_same_job_stays_out(tmp_path) -> None:
 
 
 def test_a_dead_owner_is_known_as_such(tmp_path) -> None:
-    program = "import sys; from pathlib import Path; from moe_train.training.fence import Fence; Fence.take(Path(sys.argv[1]), {})"
+    program = (
+        "import sys, pathlib; from moe_train.training.fence import Fence; Fence.take(pathlib.Path(sys.argv[1]), {})"
+    )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=30)
     fence = Fence.take(tmp_path, {})
     assert fence.owner.number == 2 and not fence.previous.may_be_alive()
     assert fence.owner.may_be_alive()
     assert replace(fence.previous, host="elsewhere").may_be_alive()  # nobody can tell from here
-    assert not replace(
-        fence.owner, born=fence.owner.born + 1
-    ).may_be_alive()  # another process has its id now
+    assert not replace(fence.owner, born=fence.owner.born + 1).may_be_alive()  # another process has its id now
 
 
 def test_who_ended_says_so(tmp_path) -> None:

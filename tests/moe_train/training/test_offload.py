@@ -18,8 +18,8 @@ KERNELS = [
     ),
 ]
 TOLERANCE = {"torch": {"fp32": 0.0, "bf16": 0.0}, "deepspeed": {"fp32": 2e-5, "bf16": 1e-2}}
-"""torch's kernel is the one that runs without offload on a CPU: bit for bit. DeepSpeed's rounds its own way, and now and then a
-bf16 weight with it."""
+"""torch's kernel is the one that runs without offload on a CPU: bit for bit. DeepSpeed's rounds its own way, and now
+and then a bf16 weight with it."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -41,7 +41,8 @@ def test_a_checkpoint_goes_on_either_way(ranks, tmp_path, kernel):
     expected = pool.run("tests.steps_on_ranks:save", {}, str(tmp_path), 3, 3, offload=kernel)[0]
     checkpoint = [str(tmp_path / "iter_0000003")]
     with_it, without = (
-        pool.run("tests.steps_on_ranks:resume", {}, checkpoint, 3, 3, offload=offload)[0][0] for offload in (kernel, None)
+        pool.run("tests.steps_on_ranks:resume", {}, checkpoint, 3, 3, offload=offload)[0][0]
+        for offload in (kernel, None)
     )
     assert [step["loss"] for step in with_it] == [step["loss"] for step in expected]
     for step, wanted in zip(without, expected):

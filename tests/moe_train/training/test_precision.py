@@ -1,7 +1,8 @@
 """Training in bf16 follows fp32: the demo's model on text, the same data in the same order.
 
-`benchmarks/precision_curve.py` compares whole runs of the demo. There the learning rate lets small differences grow as another seed's do;
-here it is so small that they stay small, and that weights in bf16 alone would not move: what is updated are their fp32 copies.
+`benchmarks/precision_curve.py` compares whole runs of the demo. There the learning rate lets small differences grow as
+another seed's do; here it is so small that they stay small, and that weights in bf16 alone would not move: what is
+updated are their fp32 copies.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def curve(precision: str) -> torch.Tensor:
     from moe_train.training.optimizer import Optimizer, wrap_data_parallel
     from moe_train.training.step import Stepper
 
-    wrapped = wrap_data_parallel(build_model(load_model(DEMO), topology, ModelOptions(DTYPES[precision], 1234)), overlap=False)
+    wrapped = wrap_data_parallel(
+        build_model(load_model(DEMO), topology, ModelOptions(DTYPES[precision], 1234)), overlap=False
+    )
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=LEARNING_RATE), bf16=precision == "bf16")
     stepper = Stepper(wrapped, topology, SEQUENCE, MICRO_BATCH)
     text = "".join(map(inspect.getsource, (argparse, logging))).encode()

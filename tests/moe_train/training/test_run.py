@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
-import os
 import pytest
 
 from moe_train.errors import UserError
@@ -86,5 +86,7 @@ def test_a_single_task_of_srun_starts_ranks_like_a_shell(monkeypatch, tmp_path, 
 def test_nproc_is_refused_where_the_ranks_are_started_already(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--nproc 4: this process is rank 1 of 8 that torchrun started; leave --nproc out"):
+    with pytest.raises(
+        UserError, match="--nproc 4: this process is rank 1 of 8 that torchrun started; leave --nproc out"
+    ):
         run.pretrain(SimpleNamespace(output_dir="x"), 4, "auto")

@@ -64,7 +64,7 @@ def test_of_ranks_that_end_at_once_one_writes_the_outcome(tmp_path):
         since, together = now(), threading.Barrier(many)
         folder.start("")
 
-        def end(rank: int) -> None:
+        def end(rank: int, since=since, together=together) -> None:
             together.wait()
             if rank == 0:
                 RunFolder(tmp_path).finish(5, "rank 0: hung", 7)

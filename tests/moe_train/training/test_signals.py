@@ -50,7 +50,8 @@ def test_a_signal_is_a_reason_and_handlers_come_back(number):
 
 
 def test_nothing_is_left_of_it():
-    """A thread that outlives the run may free the run's tensors while the interpreter ends, which aborts the process."""
+    """A thread that outlives the run may free the run's tensors while the interpreter ends, which aborts the
+    process."""
     with StopRequest(on_signal=print) as stop:
         assert any(thread.name == "signals" for thread in threading.enumerate())
     assert not any(thread.name == "signals" for thread in threading.enumerate())

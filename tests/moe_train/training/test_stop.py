@@ -13,7 +13,13 @@ import pytest
 
 from tests.integration import runs
 
-OLD = {"code": 0, "reason": "complete", "step": 7, "started": "2026-01-01T00:00:00.000+00:00", "ended": "2026-01-01T01:00:00.000+00:00"}
+OLD = {
+    "code": 0,
+    "reason": "complete",
+    "step": 7,
+    "started": "2026-01-01T00:00:00.000+00:00",
+    "ended": "2026-01-01T01:00:00.000+00:00",
+}
 
 
 @pytest.fixture
@@ -26,7 +32,15 @@ def loading(tmp_path):
     (folder / "stop").touch()  # the request that the earlier start obeyed
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "moe_train", "pretrain", str(tmp_path / "run.yaml"), "parallel.expert=1", "training.max_steps=3"],
+        [
+            sys.executable,
+            "-m",
+            "moe_train",
+            "pretrain",
+            str(tmp_path / "run.yaml"),
+            "parallel.expert=1",
+            "training.max_steps=3",
+        ],
         env={**os.environ, **rank, "PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -48,7 +62,11 @@ def test_a_signal_while_loading_leaves_an_outcome_of_its_own(loading) -> None:
     said, _ = process.communicate(timeout=60)
     outcome = runs.outcome(folder)
     assert process.returncode == 3, said
-    assert outcome["code"] == 3 and "SIGTERM before the first step" in outcome["reason"] and outcome["started"] > OLD["ended"]
+    assert (
+        outcome["code"] == 3
+        and "SIGTERM before the first step" in outcome["reason"]
+        and outcome["started"] > OLD["ended"]
+    )
 
 
 def test_a_stop_while_loading_is_obeyed_and_recorded(loading) -> None:

@@ -88,7 +88,9 @@ def test_wandb_online_needs_a_key(tmp_path, no_key):
         Trackers(LoggingConfig(wandb=WandbConfig(mode="online")), tmp_path, {})
 
 
-@pytest.mark.parametrize(("package", "logging"), [("wandb", {"wandb": {}}), ("torch.utils.tensorboard", {"tensorboard": True})])
+@pytest.mark.parametrize(
+    ("package", "logging"), [("wandb", {"wandb": {}}), ("torch.utils.tensorboard", {"tensorboard": True})]
+)
 def test_a_missing_package_is_named(tmp_path, no_key, monkeypatch, package, logging):
     monkeypatch.setitem(sys.modules, package, None)  # what an import of a missing package meets
     with pytest.raises(UserError, match="pip install"):

@@ -49,7 +49,9 @@ def hangs_here():
 
 def hang(tmp_path: Path, kind: str) -> tuple[subprocess.CompletedProcess, str]:
     log = tmp_path / "logs" / "rank_00000.log"
-    done = subprocess.run([sys.executable, "-c", HANG, str(log), kind], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-c", HANG, str(log), kind], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
     return done, log.read_text()
 
 
@@ -57,7 +59,8 @@ def test_a_hang_leaves_all_stacks_and_ends_with_5(tmp_path):
     done, log = hang(tmp_path, "sleep")
     assert done.returncode == 5
     assert done.stderr.splitlines() == [
-        f"error: no progress for 0.4 s during step 4: a hang; stacks of all threads are in {tmp_path}/logs/rank_00000.log"
+        "error: no progress for 0.4 s during step 4: a hang; stacks of all threads are in "
+        f"{tmp_path}/logs/rank_00000.log"
     ]
     assert "in waits_for_a_peer" in log and "in reads_ahead" in log and "no progress for 0.4 s during step 4" in log
 
