@@ -49,6 +49,11 @@ class Topology:
         )
 
     @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU, or None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+    @property
     def virtual_stages(self) -> int:
         """Chunks of the model on each pipeline rank (1 without virtual pipeline stages)."""
         return self.layout.virtual_pipeline or 1

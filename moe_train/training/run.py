@@ -11,6 +11,7 @@ from typing import Any
 from moe_train.config import RunConfig
 from moe_train.errors import StoppedError, UserError
 from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
+from moe_train.training.memory_check import check_gpu_memory, check_host_memory
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
 from moe_train.training.signals import StopRequest
@@ -50,6 +51,8 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
     try:
         check_run(config, nproc, resume)
         done = completion(config) if resume == "auto" else None
+        if not gpus and not done:
+            check_host_memory(config, nproc)
         folder.require_writable()
     except Exception as error:
         leave_outcome(folder, error, since)
@@ -131,6 +134,8 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
         deterministic=run.training.deterministic,
         timeout=timedelta(seconds=4 * run.faults.step_timeout),
     )
+    if (memory := topology.device_memory) is not None:
+        check_gpu_memory(run, topology.layout, topology.rank, memory)
     status = _train(run, topology, resume, changes, stop, since)
     # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any
     # more.
