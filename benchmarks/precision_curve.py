@@ -2,12 +2,11 @@
 it.
 
     python benchmarks/precision_curve.py                     the whole demo four times: minutes each, on two processes
-    python benchmarks/precision_curve.py --work runs/precision
+    python benchmarks/precision_curve.py --work runs/other schedule.warmup=40K       with keys of the run file changed
 
 Two seeds, each in both precisions, with the same data in the same order. Builds the demo's corpora where they are
-missing. Runs are kept in
---work; a call that was cut off goes on where they are. Prints one JSON line, in nats per token: `bf16` and
-`bf16_second_seed`, against fp32 of the same seed; `second_seed`, fp32 against fp32; of each
+missing. Runs are kept in --work; a call that was cut off goes on where they are. Prints one JSON line, in nats per
+token: `bf16` and `bf16_second_seed`, against fp32 of the same seed; `second_seed`, fp32 against fp32; of each
 
 largest, mean      of the distance of the two curves, each averaged over --window steps
 bias               the mean difference over the last half of the steps: what would grow if one trained worse
@@ -48,8 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/precision"), help="where the runs are kept")
     parser.add_argument("--window", type=int, default=10, help="steps of the moving average")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="keys of the run file, changed in all runs")
     arguments = parser.parse_args()
-    curves = {name: train(arguments.work.resolve() / name, overrides) for name, overrides in RUNS.items()}
+    work, changes = arguments.work.resolve(), arguments.changes
+    curves = {name: train(work / name, (*overrides, *changes)) for name, overrides in RUNS.items()}
     result = {"benchmark": "precision_curve", "steps": len(curves["fp32"]), "window": arguments.window}
     found = {name: distances(curves[one], curves[other], arguments.window) for name, (one, other) in PAIRS.items()}
     ratio = (found["bf16"]["mean"] + found["bf16_second_seed"]["mean"]) / 2 / found["second_seed"]["mean"]

@@ -2,9 +2,9 @@
 
 megatron-core's DDP gives each parameter a ``main_grad``, a view of that buffer, and adds ``param.grad`` to it after the
 backward of each micro-batch. A matrix product that accumulates in place saves that pass over memory. It then returns no
-gradient and calls
-:func:`added_to_main_grad`: DDP, which takes a ``param.grad`` for the sign that the gradient is there and where it
-overlaps its reduction with the backward insists on one, finds a marker without memory of its own and leaves it alone.
+gradient and calls :func:`added_to_main_grad`: DDP, which takes a ``param.grad`` for the sign that the gradient is there
+and where it overlaps its reduction with the backward insists on one, finds a marker without memory of its own and
+leaves it alone.
 """
 
 from __future__ import annotations
