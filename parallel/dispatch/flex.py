@@ -30,8 +30,8 @@ class FlexDispatcher(AllToAllDispatcher):
             return
         if not fused_a2a.HAVE_DEEP_EP:
             raise EngineError(
-                "parallel.dispatcher: flex needs DeepEP (github.com/deepseek-ai/DeepEP, built from source), which is "
-                "not installed"
+                "parallel.dispatcher: flex needs DeepEP 1 (github.com/deepseek-ai/DeepEP, tag v1.2.1, from source), "
+                "and megatron-core finds none: install it, or take alltoall"
             )
         if config.params_dtype != torch.bfloat16:
             raise EngineError("parallel.dispatcher: flex sends bf16 only: set training.precision to bf16 or fp8")
