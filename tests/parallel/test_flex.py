@@ -12,7 +12,7 @@ REFUSALS = {"not installed": ("bf16", False), "precision": ("fp32", True), "rank
     [
         (
             "not installed",
-            "flex needs DeepEP 1 (github.com/deepseek-ai/DeepEP, tag v1.2.1, from source), and megatron-core finds none",
+            "flex needs DeepEP 1 (github.com/deepseek-ai/DeepEP, tag v1.2.1, from source), and megatron-core finds",
         ),
         ("precision", "flex sends bf16 only"),
         ("ranks", "flex is not for 3 expert ranks: Unsupported number of EP ranks: 3"),
