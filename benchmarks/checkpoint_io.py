@@ -31,6 +31,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BLOCK = 1 << 24
@@ -40,7 +42,7 @@ BATCH, SEQUENCE = 1, 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to be measured")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint_io.", dir=arguments.folder))
     try:

@@ -47,6 +47,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -65,28 +67,21 @@ ROOM = 0.85
 """Of the GPU's memory, for what the planner counts of ours; the rest is for others, cuBLAS and fragmentation."""
 
 
-def count(text: str) -> int:
-    """1 or more, as argparse takes it."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c"
     )
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
-    parser.add_argument("--layers", type=count, help="instead of as many as fit")
-    parser.add_argument("--sequence-length", type=count, default=4096)
-    parser.add_argument("--micro-batch-size", type=count, default=4)
-    parser.add_argument("--micro-batches", type=count, default=4, help="of a step")
+    parser.add_argument("--layers", type=positive, help="instead of as many as fit")
+    parser.add_argument("--sequence-length", type=positive, default=4096)
+    parser.add_argument("--micro-batch-size", type=positive, default=4)
+    parser.add_argument("--micro-batches", type=positive, default=4, help="of a step")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all that is not FP8")
-    parser.add_argument("--steps", type=count, default=5, help="of a block")
-    parser.add_argument("--blocks", type=count, default=3, help="of each routing, in turn")
-    parser.add_argument("--rounds", type=count, default=1, help="through all contestants")
+    parser.add_argument("--steps", type=positive, default=5, help="of a block")
+    parser.add_argument("--blocks", type=positive, default=3, help="of each routing, in turn")
+    parser.add_argument("--rounds", type=positive, default=1, help="through all contestants")
     parser.add_argument("--limit", type=float, default=240, help="seconds after which a contestant is given up")
     parser.add_argument("--quick", action="store_true", help="one block of 2 steps, no profile")
     parser.add_argument("--out", help="a folder for traces and kernels")

@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 MICRO_BATCH, GLOBAL_BATCH, SEQUENCE, LEARNING_RATE = 1, 4, 512, 5e-4
 LAYOUTS = {
@@ -35,7 +37,7 @@ LAYOUTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each layout")
+    parser.add_argument("--rounds", type=positive, default=7, help="measured steps of each layout")
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.layout:

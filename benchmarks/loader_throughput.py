@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import positive
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 4096, 4, 256
@@ -32,7 +33,7 @@ H100_TOKENS = 24_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at most")
     parser.add_argument("--serve", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -21,13 +21,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import positive
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 SAMPLES, SEQUENCE, DOCUMENT, BATCH = 305_000_000, 4096, 1000, 16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=int, default=100, help="theirs is measured on 1/PART of the samples")
+    parser.add_argument("--part", type=positive, default=100, help="theirs is measured on 1/PART of the samples")
     parser.add_argument("--run", nargs=3, metavar=("SIDE", "SOURCES", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:

@@ -31,6 +31,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+from arguments import positive
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,9 +42,9 @@ CHUNK_TOKENS, OPEN_READS, BATCH, BLOCK_BYTES, CACHED = 2**18, 4096, 256, 1 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=500_000)
-    parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--keys", type=int, default=5)
+    parser.add_argument("--windows", type=positive, default=500_000)
+    parser.add_argument("--sequence-length", type=positive, default=4096)
+    parser.add_argument("--keys", type=positive, default=5)
     arguments = parser.parse_args()
     count, length = arguments.windows, arguments.sequence_length
     mine, uniform = [], []

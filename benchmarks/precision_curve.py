@@ -25,6 +25,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -46,7 +48,7 @@ PAIRS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/precision"), help="where the runs are kept")
-    parser.add_argument("--window", type=int, default=10, help="steps of the moving average")
+    parser.add_argument("--window", type=positive, default=10, help="steps of the moving average")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="keys of the run file, changed in all runs")
     arguments = parser.parse_args()
     work, changes = arguments.work.resolve(), arguments.changes

@@ -21,14 +21,16 @@ import sys
 import time
 from pathlib import Path
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, SEQUENCE, LEARNING_RATE = 4, 512, 5e-4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=positive, default=7, help="measured steps of each side")
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--precision", choices=["fp32", "bf16"], action="append")
     parser.add_argument("--profile", choices=["ours", "theirs"], help="shares of one step by kind of operation instead")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
