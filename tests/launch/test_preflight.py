@@ -45,7 +45,8 @@ for index in range(count):
 
 @pytest.fixture
 def smi(tmp_path, monkeypatch):
-    """``smi(gpu=..., count=...)`` puts an nvidia-smi with these answers first on the PATH."""
+    """``smi(gpu=..., count=...)`` puts an nvidia-smi with these answers first on the PATH; its driver runs our torch."""
+    monkeypatch.setattr("launch.nvidia_smi.torch_cuda", lambda: "12.4")
 
     def install(**answers: object) -> None:
         path = tmp_path / "bin" / "nvidia-smi"

@@ -52,7 +52,7 @@ def test_the_groups_are_left_only_after_success(monkeypatch, fails):
 
     from parallel import engine
 
-    monkeypatch.setattr(engine, "start", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "start", lambda *_, **__: SimpleNamespace(device_memory=None))
     monkeypatch.setattr(engine, "stop", lambda: left.append(True))
     monkeypatch.setattr(run, "check_run", lambda *_: [])
     monkeypatch.setattr(run, "_train", train)
@@ -75,6 +75,7 @@ def test_a_single_task_of_srun_starts_ranks_like_a_shell(monkeypatch, tmp_path, 
     done = []
     monkeypatch.setattr(run, "check_run", lambda *_: [])
     monkeypatch.setattr(run, "completion", lambda _: None)
+    monkeypatch.setattr(run, "check_host_memory", lambda *_: None)
     monkeypatch.setattr(run, "_payload", lambda *_: {})
     monkeypatch.setattr(run, "run_rank", lambda *_: done.append("a rank") or 0)
     monkeypatch.setattr(run, "spawn_ranks", lambda nproc, *_: done.append(nproc) or SpawnResult(0, ""))
