@@ -45,7 +45,7 @@ for index in range(count):
 
 @pytest.fixture
 def smi(tmp_path, monkeypatch):
-    """``smi(gpu=..., count=...)`` puts an nvidia-smi with these answers first on the PATH; its driver runs our torch."""
+    """``smi(gpu=..., count=...)`` puts an nvidia-smi with these answers first on the PATH: a driver for this torch."""
     monkeypatch.setattr("launch.nvidia_smi.torch_cuda", lambda: "12.4")
 
     def install(**answers: object) -> None:
