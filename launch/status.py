@@ -149,14 +149,14 @@ def _state(
 
 
 def _restarts(starts: list[dict]) -> Iterator[dict[str, Any]]:
-    """One entry for each start after the first: when, and why the one before it had ended."""
+    """One entry for each start that goes on after an unfinished one: when, and why that one had ended."""
     ended: dict[str, Any] | None = None
     began = False
     for record in starts:
         if record["kind"] == "end":
             ended = record
             continue
-        if began:
+        if began and not (ended and ended["code"] == 0):
             reason = ended["reason"] if ended else "killed from outside: preempted, a node failed, or the time was up"
             code = ended["code"] if ended else None
             yield {"time": record["time"], "saved": record.get("saved"), "code": code, "reason": reason}

@@ -6,6 +6,8 @@ A package below (`data_pipeline`, `parallel`) raises its own classes: what count
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(Exception):
     """A user's mistake. The message is one line: what, where, how to fix it."""
@@ -37,3 +39,8 @@ class PolicyStop(Exception):
     unchanged."""
 
     exit_code = 6
+
+
+def warn(text: str) -> None:
+    """Say on stderr what a user should know and what does not end the command."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

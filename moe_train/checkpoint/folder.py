@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("iter_"))
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, tell: Callable[[str], None] | None = None) -> Path:
     """The checkpoint that ``path`` means: an ``iter_*`` folder or a converted one itself, a run's folder its
     newest complete one, ``RUN_DIR@STEP`` the one of that step.
+
+    Args:
+        tell: called with a line where a newer one was passed over because it is not complete.
 
     Raises:
         UserError: there is none.
@@ -73,6 +77,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         found = [each for each in checkpoints(folder) if step is None or step_of(each) == step]
         for each in reversed(found):
             if is_complete(each):
+                if tell and each != found[-1]:
+                    tell(f"{found[-1]} is not complete; {each.name} is taken")
                 return each
         if found:  # what is wrong with it is for the reader to say
             return found[-1]

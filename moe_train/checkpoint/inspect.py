@@ -10,7 +10,7 @@ from typing import Any
 from moe_train.checkpoint.folder import checkpoints, read_run_state, resolve_checkpoint
 from moe_train.checkpoint.manifest import check_files, read_manifest
 from moe_train.checkpoint.retention import is_verified, mark_verified
-from moe_train.errors import DamagedError, UserError
+from moe_train.errors import DamagedError, UserError, warn
 
 
 def list_checkpoints(run: str | Path, as_json: bool = False) -> int:
@@ -57,7 +57,7 @@ def verify(checkpoint: str | Path, every: bool = False) -> int:
         DamagedError: with each checkpoint's first file that is not as it was written, and why.
     """
     if not every:
-        print(_verify(resolve_checkpoint(checkpoint)))
+        print(_verify(resolve_checkpoint(checkpoint, warn)))
         return 0
     faults = []
     for path in checkpoints(_checkpoints_of(checkpoint)):

@@ -24,7 +24,7 @@ from moe_train.checkpoint.manifest import check_files, describe, flush, read_man
 from moe_train.checkpoint.pieces import Piece
 from moe_train.checkpoint.reader import read_metadata, read_pieces
 from moe_train.checkpoint.writer import merge_plans, plan, write_metadata, write_pieces
-from moe_train.errors import DamagedError, UserError
+from moe_train.errors import DamagedError, UserError, warn
 from moe_train.model.config import ModelConfig
 
 PREFIX = "weights."
@@ -53,7 +53,7 @@ class WeightsReader:
     """
 
     def __init__(self, path: str | Path):
-        self.path = resolve_checkpoint(path)
+        self.path = resolve_checkpoint(path, warn)
         self.state = read_run_state(self.path)
         self.config = ModelConfig.model_validate(self.state["model"])
         self._metadata = read_metadata(self.path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
 from moe_train.checkpoint.manifest import check_files, read_manifest
-from moe_train.errors import DamagedError
+from moe_train.errors import DamagedError, warn
 from moe_train.inference.config import InferenceConfig
 from moe_train.model.config import ModelConfig
 from parallel.layout import smallest_world
@@ -72,7 +72,7 @@ def plan(checkpoint: str | Path, nproc: int | None, overrides: Iterable[str]) ->
         an error with ``exit_code`` 2 or 4, one line.
     """
     config = InferenceConfig.from_overrides(overrides)
-    path = resolve_checkpoint(checkpoint)
+    path = resolve_checkpoint(checkpoint, warn)
     if damage := check_files(path, read_manifest(path), hashes=False):
         raise DamagedError(f"{path}: {damage}")
     state = read_run_state(path)

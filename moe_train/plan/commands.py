@@ -26,8 +26,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain 
 def compute_optimal(
     flops: Annotated[Optional[str], typer.Option(metavar="C", help="The budget in operations.")] = None,
     gpu_hours: Annotated[Optional[str], typer.Option(metavar="H", help="The budget in GPU-hours.")] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware.")] = "h100",
-    mfu: Annotated[float, typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached.")] = 0.4,
+    gpu: Annotated[
+        Optional[str], typer.Option(metavar="NAME", help="With --gpu-hours: a preset or file of hardware; else h100.")
+    ] = None,
+    mfu: Annotated[
+        Optional[float], typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached; else 0.4.")
+    ] = None,
     params: Annotated[Optional[str], typer.Option(metavar="N", help="The optimum of this size.")] = None,
     tokens: Annotated[Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")] = None,
     total_params: Annotated[
@@ -175,8 +179,12 @@ def layout(
 ) -> None:
     """Rank every legal layout by expected speed.
 
+    A key of the layout that you set (parallel.tensor=2, training.micro_batch_size=4, ...) stays as it is. With
+    --calibrate it says how the measured run was laid out.
+
     \b
     moe-train plan layout jetmoe_8b --nodes 12 --gpu h100
+    moe-train plan layout jetmoe_8b --nodes 12 parallel.pipeline=1 training.recompute=none
     moe-train plan layout run.yaml --nodes 2 --calibrate runs/trial/metrics.jsonl
     moe-train plan layout jetmoe_8b --nodes 12 --measured h100.json --contestant ours-share
     """

@@ -27,8 +27,8 @@ def compute_optimal(
     *,
     flops: str | None = None,
     gpu_hours: str | None = None,
-    gpu: str = "h100",
-    mfu: float = 0.4,
+    gpu: str | None = None,
+    mfu: float | None = None,
     params: str | None = None,
     tokens: str | None = None,
     total_params: str | None = None,
@@ -40,7 +40,7 @@ def compute_optimal(
 
     Args:
         flops: the budget in operations; or
-        gpu_hours: in GPU-hours of `gpu` at the utilisation `mfu`; or
+        gpu_hours: in GPU-hours of `gpu` (None: h100) at the utilisation `mfu` (None: 0.4); or
         params, tokens: the optimum of that size, or for that many tokens.
         total_params: of the sparsity law: also the best sparsity at this total size.
         sparsity: also the best size at this share of experts left out.
@@ -66,8 +66,8 @@ def answer(
     *,
     flops: str | None = None,
     gpu_hours: str | None = None,
-    gpu: str = "h100",
-    mfu: float = 0.4,
+    gpu: str | None = None,
+    mfu: float | None = None,
     params: str | None = None,
     tokens: str | None = None,
     total_params: str | None = None,
@@ -84,7 +84,10 @@ def answer(
     if option == "--gpu-hours":
         from moe_train.plan.hardware import load_hardware
 
-        amount *= 3600 * load_hardware(gpu).peak_flops * part(mfu, "--mfu")
+        peak = load_hardware("h100" if gpu is None else gpu).peak_flops
+        amount *= 3600 * peak * part(0.4 if mfu is None else mfu, "--mfu")
+    elif gpu is not None or mfu is not None:
+        raise UserError(f"{'--gpu' if gpu is not None else '--mfu'} says what --gpu-hours are worth; leave it out")
     fitted = load_law(law) if law is not None else None
     approaches = {
         name: _approach(frontier, loss_law, option, amount, scaling.FITTED_RANGE)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_train.config import RunConfig
+from moe_train.config_file import parse_override
 from moe_train.errors import UserError
 from moe_train.plan import shards
 from moe_train.plan.activations import dispatch_bytes, logits_bytes, stage_bytes
@@ -21,6 +22,12 @@ from parallel.layout import Layout
 
 RECOMPUTE = ("none", "selective", "full")
 """From the fastest to the smallest: the first that fits is taken."""
+
+SEARCHED = {
+    "parallel": ("tensor", "pipeline", "virtual_pipeline", "expert"),
+    "training": ("micro_batch_size", "recompute"),
+}
+"""The keys of a run file that differ between layouts."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ def layout(
     """Print the `best` layouts of a run.
 
     Args:
+        overrides: those of `SEARCHED` keys hold for all layouts, except with `calibrate`, whose run they describe.
         nodes: of `gpu`; None: those of the run file's section launch.
         calibrate: a metrics.jsonl (or a run's folder) of this run file, with its layout, on these nodes: the
             compute efficiency of the hardware file is replaced by the one that gives its step time.
@@ -95,6 +103,11 @@ def layout(
 
     config, hardware = load_plan(run, overrides), load_hardware(gpu)
     world = (nodes or config.launch.nodes) * hardware.node_size
+    held = held_keys(config, overrides) if calibrate is None else {}
+    if "micro_batch_size" in held:
+        if micro_batches:
+            raise UserError("give --micro-batch or training.micro_batch_size, not both")
+        micro_batches = [held.pop("micro_batch_size")]
     step = None
     if calibrate is not None:
         if measured is not None:
@@ -105,14 +118,16 @@ def layout(
         check_measured(step, config, hardware)
         if micro_batches not in (None, [step.micro_batch_size]):
             raise UserError(
-                f"--micro-batch: the measured step has micro-batches of {step.micro_batch_size}; leave it out"
+                f"micro-batch size: the measured step has micro-batches of {step.micro_batch_size}; leave it out"
             )
+        if held.get("recompute", step.recompute) != step.recompute:
+            raise UserError(f"training.recompute: the measured step has {step.recompute}; leave it out")
         micro_batches = [step.micro_batch_size]
     elif contestant is not None or routing is not None:
         raise UserError(
             "--contestant and --routing choose from the file that --measured names; give that, or leave them out"
         )
-    everything = list(candidates(config, world, hardware, micro_batches, step))
+    everything = list(candidates(config, world, hardware, micro_batches, step, held))
     fitting = sorted((c for c in everything if c.bytes <= hardware.usable_bytes), key=lambda c: c.time.seconds)
     if not fitting:
         raise UserError(
@@ -121,7 +136,9 @@ def layout(
             " take more nodes or a smaller model"
             if everything
             else f"no layout divides this run over {world} {hardware.name}; choose another"
-            " training.global_batch_size, number of nodes" + (" or --micro-batch" if micro_batches else "")
+            " training.global_batch_size, number of nodes"
+            + (" or --micro-batch" if micro_batches else "")
+            + (f", or leave out {' and '.join(held)}" if held else "")
         )
     answer = {
         "world_size": world,
@@ -142,12 +159,16 @@ def candidates(
     hardware: Hardware,
     micro_batches: list[int] | None = None,
     measured: MeasuredStep | None = None,
+    held: dict[str, Any] | None = None,
 ) -> Iterator[Candidate]:
     """Every legal layout with the least recomputation that fits (full, where none does); with a `measured` step those
-    that it can stand for."""
-    batch = config.training.global_batch_size
+    that it can stand for; those alone that have what is `held` (of `SEARCHED`, by the last part of the key)."""
+    batch, held = config.training.global_batch_size, held or {}
     sizes = micro_batches or [size for size in (1, 2, 4, 8, 16) if batch % size == 0]
+    recomputations = [measured.recompute] if measured else [held["recompute"]] if "recompute" in held else RECOMPUTE
     for parallel in _divisions(config, world):
+        if any(value != held.get(name, value) for name, value in parallel.items()):
+            continue
         if measured and (parallel["tensor"] > 1 or measured.expert_ranks not in (1, parallel["expert"])):
             continue
         for size in sizes:
@@ -156,11 +177,23 @@ def candidates(
                 shape = changed.layout(world)
             except (LayoutError, ValueError):
                 continue
-            for recompute in [measured.recompute] if measured else RECOMPUTE:
+            for recompute in recomputations:
                 candidate = evaluate(_changed(config, parallel, size, recompute), shape, hardware, measured)
                 if candidate.bytes <= hardware.usable_bytes:
                     break
             yield candidate
+
+
+def held_keys(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
+    """The last parts of the `SEARCHED` keys that `overrides` name, and their values in `config`."""
+    held = {}
+    for section, names in SEARCHED.items():
+        for name in names:
+            if any(parse_override(text)[0] == (section, name) for text in overrides):
+                held[name] = getattr(getattr(config, section), name)
+    if held.get("virtual_pipeline") == 1:
+        held["virtual_pipeline"] = None  # as layouts have it
+    return held
 
 
 def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: MeasuredStep | None = None) -> Candidate:

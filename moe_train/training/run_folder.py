@@ -16,14 +16,13 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moe_train.errors import UserError
+from moe_train.errors import UserError, warn
 
 OUTCOME_LOCK = ".outcome.lock"
 """Who ends a start holds it: several ranks may at once, and so may the process above them."""
@@ -149,7 +148,7 @@ class RunFolder:
         try:
             append_line(self.events_path, record)
         except OSError as error:
-            _say(f"{self.events_path} cannot be written ({error.strerror}): {_encode(record).decode().strip()}")
+            warn(f"{self.events_path} cannot be written ({error.strerror}): {_encode(record).decode().strip()}")
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -196,7 +195,7 @@ class RunFolder:
             try:
                 self.outcome_path.write_text(text, encoding="utf-8")
             except OSError as error:
-                _say(f"{self.outcome_path} cannot be written ({error.strerror}): {json.dumps(outcome)}")
+                warn(f"{self.outcome_path} cannot be written ({error.strerror}): {json.dumps(outcome)}")
 
 
 class MetricsLog:
@@ -387,10 +386,6 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _say(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _write_all(file: int, data: bytes) -> None:

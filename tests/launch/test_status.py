@@ -71,6 +71,16 @@ def test_everything_is_told(folder: Path, capsys) -> None:
         assert words in text, text
 
 
+def test_a_start_after_the_end_is_no_restart(tmp_path: Path) -> None:
+    """Of a run whose mixture was lengthened, or that somebody started again for nothing."""
+    journal = Journal(tmp_path)
+    for code in (5, 0, None):
+        journal.note("start", saved=8)
+        if code is not None:
+            journal.note("end", code=code, reason="said", saved=8)
+    assert [each["code"] for each in collect(str(tmp_path))["restarts"]] == [5]
+
+
 def test_watch_ends_with_the_run(folder: Path, capsys) -> None:
     Journal(folder).finish(6, "crash loop: 4 failures at step 8")
     assert main(["launch", "status", str(folder), "--watch"]) == 0

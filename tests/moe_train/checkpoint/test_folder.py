@@ -28,7 +28,10 @@ def test_what_a_path_means(run) -> None:
 
 def test_one_that_was_not_finished_is_not_meant(run) -> None:
     (run / "checkpoints" / "iter_0000300" / "manifest.json.xxh3").unlink()
-    assert resolve_checkpoint(run).name == "iter_0000200"
+    told: list[str] = []
+    assert resolve_checkpoint(run, told.append).name == "iter_0000200"
+    assert told == [f"{run / 'checkpoints' / 'iter_0000300'} is not complete; iter_0000200 is taken"]
+    assert resolve_checkpoint(f"{run}@200", told.append) and len(told) == 1
 
 
 @pytest.mark.parametrize(

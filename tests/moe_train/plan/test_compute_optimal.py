@@ -87,6 +87,7 @@ def test_the_table_says_what_is_extrapolated(capsys) -> None:
         (["--flops", "1e21", "--total-params", "0"], "--total-params must be more than 0"),
         (["--gpu-hours", "10", "--mfu", "1.5"], "--mfu must be more than 0 and at most 1"),
         (["--gpu-hours", "10", "--gpu", "h1000"], "h100"),
+        (["--flops", "1e21", "--mfu", "0.3"], "--mfu says what --gpu-hours are worth"),
         (["--flops", "1e21", "--law", "nowhere.json"], "--law nowhere.json"),
     ],
 )

@@ -114,6 +114,27 @@ def test_calibration_finds_the_efficiency_that_was_measured(capsys, tmp_path: Pa
     assert "is more than 96 h100 could take" in capsys.readouterr().err
 
 
+def test_what_is_set_stays_as_it_is(capsys) -> None:
+    free = ["plan", "layout", "jetmoe_8b", "--nodes", "12", "--best", "1000", "--json"]
+    keys = ("tensor", "pipeline", "virtual_pipeline", "expert", "micro_batch_size", "recompute")
+
+    def found(*overrides: str) -> list[dict]:
+        assert main([*free, *overrides]) == 0
+        return [{key: each[key] for key in keys} for each in json.loads(capsys.readouterr().out)["best"]]
+
+    every = found()
+    for name, section, value in (
+        ("expert", "parallel", 4),
+        ("pipeline", "parallel", 2),
+        ("recompute", "training", "full"),
+    ):
+        some = found(f"{section}.{name}={value}")
+        assert some and {each[name] for each in some} == {value}
+        if section == "parallel":
+            assert some == [each for each in every if each[name] == value] != every
+    assert {each["micro_batch_size"] for each in found("training.micro_batch_size=2", "parallel.expert=8")} == {2}
+
+
 def test_the_table_ends_with_a_patch(capsys) -> None:
     assert main(["plan", "layout", "jetmoe_8b", "--nodes", "12"]) == 0
     text = capsys.readouterr().out
@@ -134,6 +155,8 @@ def test_cost_without_a_speed_takes_the_layout_s(capsys) -> None:
         (["jetmoe_8b", "--nodes", "12", "--calibrate", "nowhere"], "nowhere"),
         (["jetmoe_8b", "--nodes", "12", "--contestant", "ours-share"], "--measured names"),
         (["jetmoe_8b", "--nodes", "12", "--micro-batch", "1000"], "or --micro-batch"),
+        (["jetmoe_8b", "--nodes", "12", "--micro-batch", "1", "training.micro_batch_size=1"], "not both"),
+        (["jetmoe_8b", "--nodes", "12", "parallel.pipeline=5"], "or leave out pipeline"),
         (
             [
                 "jetmoe_8b",
