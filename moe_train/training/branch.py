@@ -15,6 +15,7 @@ from pathlib import Path
 from moe_train.checkpoint.folder import WRITING, commit
 from moe_train.config import load_run
 from moe_train.errors import UserError
+from moe_train.training.preflight import check_mixture
 from moe_train.training.run import pretrain
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.tracking import new_run_id
@@ -40,6 +41,7 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
         there = sorted(int(path.name[5:]) for path in origin.checkpoints.glob("iter_" + "[0-9]" * 7))
         raise UserError(f"{source}: {origin.path} has no checkpoint of step {step}; it has {there or 'none'}")
     config = load_run(new, overrides)
+    check_mixture(config, str(checkpoint))
     ranks = rank_environment()
     if ranks is None or ranks.rank == 0:
         _prepare(RunFolder(config.output_dir), origin, checkpoint, step, new)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import DamagedDataError
+from data_pipeline.ledger import Ledger
 from data_pipeline.sources import open_sources
 from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
 from moe_train.config import RunConfig, load_run
@@ -14,7 +16,7 @@ from moe_train.training.run_folder import RunFolder
 
 
 def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
-    """Check layout, corpora and the run's folder; return what changed since the last start and is to be recorded.
+    """Check layout, corpora, the run's folder and how its mixture goes on; return what changed since the last start and is to be recorded.
 
     Raises:
         an error with ``exit_code`` 2, one line, for whatever would stop the run later.
@@ -22,7 +24,7 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
     config.layout(world_size)
     if not config.data.mixture:
         raise UserError("data.mixture is not set")
-    open_sources(config.mixture, config.model.vocab_size)
+    check_mixture(config, resume)
     folder = RunFolder(config.output_dir)
     if resume == "never" and folder.holds_run:
         raise UserError(
@@ -47,6 +49,36 @@ def _check_checkpoint(key: str, path: str) -> None:
         raise UserError(f"{key} {path}: {'no such checkpoint' if not Path(path).exists() else error}") from None
 
 
+def check_mixture(config: RunConfig, resume: str) -> None:
+    """Check that the corpora are there and last as long as the mixture asks for, and that no edit of it is one of what
+    was fed already.
+
+    Args:
+        resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Raises:
+        an error with ``exit_code`` 2, one line.
+    """
+    sources, folder = open_sources(config.mixture, config.model.vocab_size), RunFolder(config.output_dir)
+    state = None if resume == "never" else _run_state(folder.path if resume == "auto" else resume)
+    if state is not None:
+        try:
+            before = Ledger.from_json(state["ledger"])
+        except (KeyError, DamagedDataError):
+            return  # the ranks judge it, and may take an older one
+        before.resume(config.mixture, sources, state["samples"])
+    elif not folder.holds_run:
+        Ledger.start(config.mixture, sources)
+
+
+def _run_state(path: str | Path) -> dict[str, Any] | None:
+    """The run state of the checkpoint that ``path`` means, or None where there is none to read."""
+    try:
+        return read_run_state(resolve_checkpoint(path))
+    except (UserError, DamagedError, ValueError):
+        return None
+
+
 def _is_of(folder: RunFolder, checkpoint: Path) -> bool:
     """Whether ``checkpoint`` is one of ``folder``'s own."""
     return checkpoint.resolve().parent == folder.checkpoints.resolve()
@@ -54,10 +86,7 @@ def _is_of(folder: RunFolder, checkpoint: Path) -> bool:
 
 def last_checkpoint_state(folder: RunFolder) -> dict[str, Any] | None:
     """The run state of the newest checkpoint that the folder's pointer names, or None where there is none to read."""
-    try:
-        return read_run_state(resolve_checkpoint(folder.path))
-    except (UserError, DamagedError, ValueError):
-        return None
+    return _run_state(folder.path)
 
 
 def completion(config: RunConfig) -> str | None:

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import DataError
+from data_pipeline.ledger import Ledger
+from data_pipeline.sources import open_sources
 from moe_train.config import load_run
 from moe_train.dry_run import dry_run
 from moe_train.errors import UserError
+from moe_train.training.branch import branch
 from moe_train.training.preflight import check_run
 from tests.integration.runs import write_corpora
 
@@ -25,9 +29,18 @@ def leave_checkpoint(config, step: int) -> Path:
     """As far as preflight looks: a folder whose last start was ``config``'s."""
     checkpoint = Path(config.output_dir) / f"checkpoints/iter_{step:07d}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "run_state.json").write_text(json.dumps({"format_version": 1, "step": step}))
+    ledger = Ledger.start(config.mixture, open_sources(config.mixture)).to_dict()
+    state = {"format_version": 1, "step": step, "samples": step * config.training.global_batch_size, "ledger": ledger}
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
     (Path(config.output_dir) / "config.yaml").write_text(config.to_yaml())
     return checkpoint
+
+
+def edit_mixture(folder: Path, old: str, new: str) -> None:
+    path = folder / "mixture.yaml"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
 
 
 def test_a_missing_start_is_told_before_a_rank_is_started(load):
@@ -53,6 +66,33 @@ def test_an_older_checkpoint_of_the_same_run_goes_by_the_same_rules(load):
     assert [change.key for change in check_run(load("optimizer.lr=1e-3"), 1, str(checkpoint))] == ["optimizer.lr"]
     with pytest.raises(UserError, match="training.seed 1234 -> 5"):
         check_run(load("training.seed=5"), 1, str(checkpoint))
+
+
+def test_a_source_that_runs_out_is_told(load, tmp_path):
+    edit_mixture(tmp_path, "max_epochs: 3", "max_epochs: 0.1")
+    with pytest.raises(DataError, match="source 'code' would be read .* but its max_epochs is 0.1"):
+        check_run(load(), 1, "auto")
+
+
+def test_an_edit_of_the_past_is_told_and_one_of_the_future_is_not(load, tmp_path):
+    checkpoint = leave_checkpoint(load(), 24)  # in the second phase, which began with step 20
+    edit_mixture(tmp_path, "name: decay\n  tokens: 1280", "name: decay\n  tokens: 6400")
+    assert check_run(load(), 1, "auto") == []
+    edit_mixture(tmp_path, "name: stable\n  tokens: 1280", "name: stable\n  tokens: 2560")
+    for resume in ("auto", str(checkpoint)):
+        with pytest.raises(DataError, match="phase 'stable' is finished with 1280 tokens but now has 2560"):
+            check_run(load(), 1, resume)
+    with pytest.raises(DataError, match="is finished"):
+        dry_run(load())
+
+
+def test_a_branch_is_checked_before_its_folder_is_made(load, tmp_path):
+    config = load()
+    leave_checkpoint(config, 24)
+    edit_mixture(tmp_path, "seed: 3", "seed: 4")
+    with pytest.raises(DataError, match="seed was changed from 3 to 4"):
+        branch(f"{config.output_dir}@24", str(tmp_path / "run.yaml"), [f"output_dir={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_dry_run_refuses_what_a_start_would(load):
