@@ -24,6 +24,7 @@ def branched(tmp_path, monkeypatch):
     (old / "trackers.json").write_text('{"wandb": {"run_id": "origin"}}')
     started = []
     monkeypatch.setattr(branch, "load_run", lambda *_: SimpleNamespace(output_dir=str(tmp_path / "new")))
+    monkeypatch.setattr(branch, "check_mixture", lambda *_: None)
     monkeypatch.setattr(branch, "pretrain", lambda config, nproc, resume: started.append(resume) or 0)
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
 
