@@ -16,7 +16,7 @@ from moe_train.training.run_folder import RunFolder
 
 
 def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
-    """Check layout, corpora, mixture and the run's folder; return what changed since the last start and is to be recorded.
+    """Check layout, mixture and the run's folder; return what changed since the last start and is to be recorded.
 
     Raises:
         an error with ``exit_code`` 2, one line, for whatever would stop the run later.
