@@ -67,7 +67,7 @@ def check_mixture(config: RunConfig, resume: str) -> None:
         except (KeyError, DamagedDataError):
             return  # the ranks judge it, and may take an older one
         before.resume(config.mixture, sources, state["samples"])
-    elif not folder.holds_run:
+    elif not folder.holds_run and config.checkpoint.copy_to is None:  # a copy of a lost folder may hold another past
         Ledger.start(config.mixture, sources)
 
 
