@@ -49,6 +49,7 @@ def build(
     kernels="torch",
     fp8_recipe=None,
     dispatcher="alltoall",
+    in_turn=1,
 ):
     """(chunks, stepper for S = 15, optimizer, monitor, topology) of one rank."""
     topology = engine.start(layout, seed=seed)
@@ -77,7 +78,7 @@ def build(
     with mock.patch.object(moe_train.training.optimizer, "BUCKET_SIZE", 3000):  # several buckets of a small model
         wrapped = wrap_data_parallel(chunks, overlap=overlap)
     optimizer = Optimizer(wrapped, OptimizerConfig(lr=lr, offload=offload), bf16=precision != "fp32")
-    return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH), optimizer, monitor, topology
+    return chunks, Stepper(wrapped, topology, 15, MICRO_BATCH, in_turn), optimizer, monitor, topology
 
 
 def run_steps(

@@ -1,4 +1,5 @@
-"""The kinds of attention. Each maps ``[s, B, H] -> [s, B, H]``, s the part of the sequence on this tensor rank.
+"""The kinds of attention. Each maps ``[s, B, H] -> [s, B, H]``, s the part of the sequence on this tensor rank, in a
+computation that takes turns (:mod:`parallel.turns`): the mixture yields while rows travel.
 
 Mixture of attention heads (JetMoE eq. 5-9): for each token the router picks k experts. Each computes a query for all n
 heads; every query attends to the shared keys and values of the sequence; each result goes back to its expert's output
@@ -25,6 +26,7 @@ from moe_train.model.router import Router, Tokens
 from parallel.dispatch.kinds import DISPATCHERS
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple
+from parallel.turns import Steps, without_waiting
 
 
 class MixtureOfAttention(torch.nn.Module):
@@ -50,17 +52,21 @@ class MixtureOfAttention(torch.nn.Module):
         self.core = kernels.attention(engine, topology)
         self.bias = output_bias(f"{name}.bias", hidden, topology, dtype) if attention.bias else None
 
-    def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None
+    ) -> Steps[torch.Tensor]:
         x_th = x_sbh.flatten(0, 1)
         gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
         plan = self.dispatcher.plan(experts_tk, sent_tk)
         k_sbnd, v_sbnd = self._keys_and_values(x_sbh)  # while the counts of the other ranks come
-        q_tkd = plan.collect_pairs(self.query(plan.dispatch_tokens(x_th), plan.rows))
+        rows = yield from plan.dispatch_tokens(x_th)
+        q_tkd = yield from plan.collect_pairs(self.query(rows, plan.rows))
         q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])
         # Head j of any slot uses kv head j: the k slots of one head are one group.
         o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, rotary, self.core, cache)
         o_tkd = self._to_sequence(o_sbnkd.transpose(2, 3), q_tkd.shape)
-        out_th = plan.collect_weighted(self.output(plan.dispatch_pairs(o_tkd), plan.rows), gates_tk)
+        rows = yield from plan.dispatch_pairs(o_tkd)
+        out_th = yield from plan.collect_weighted(self.output(rows, plan.rows), gates_tk)
         return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
 
     def _keys_and_values(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +106,7 @@ class GroupedQueryAttention(torch.nn.Module):
             self.query_norm = kernels.norm(f"{name}.query_norm", attention.width, *norm, split=True)
             self.key_norm = kernels.norm(f"{name}.key_norm", attention.kv_width, *norm, split=True)
 
+    @without_waiting
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
         qkv, _ = self.qkv(x_sbh)
         qkv = qkv.view(*qkv.shape[:2], self.local_heads, self.group + 2, self.head_dim)

@@ -1,6 +1,8 @@
 """The kinds of MLP, all gated: ``down(act(gate x) * up x)``. Each maps ``[s, B, H] -> [s, B, H]``, s the part of the
 sequence on this tensor rank.
 
+A kind is a computation that takes turns (:mod:`parallel.turns`): the mixture yields while rows travel.
+
 The mixture (JetMoE eq. 3, 4) is ``sum_s gate_s * expert_s(x) + bias``, dropless. With ``recompute: selective`` nothing
 inside of an MLP is kept for the backward: the widest activations of the model are computed again.
 """
@@ -19,6 +21,7 @@ from parallel.dispatch.kinds import DISPATCHERS
 from parallel.fuse import fused
 from parallel.topology import Topology
 from parallel.transformer_engine import row_multiple
+from parallel.turns import Steps, without_waiting
 
 
 class MixtureOfMLP(torch.nn.Module):
@@ -42,11 +45,11 @@ class MixtureOfMLP(torch.nn.Module):
         self.down = kernels.grouped_linear(f"{name}.down", experts, ffn, hidden, engine, topology)
         self.bias = output_bias(f"{name}.bias", hidden, topology, dtype) if mlp.bias else None
 
-    def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> Steps[torch.Tensor]:
         x_th = x_sbh.flatten(0, 1)
         gates_tk, experts_tk, sent_tk = self.router(x_th, tokens)
         plan = self.dispatcher.plan(experts_tk, sent_tk)
-        rows = plan.dispatch_tokens(x_th)
+        rows = yield from plan.dispatch_tokens(x_th)
 
         def experts(rows: torch.Tensor) -> torch.Tensor:
             return self.down(gated_activation(self.gate_up(rows, plan.rows), self.activation), plan.rows)
@@ -55,7 +58,7 @@ class MixtureOfMLP(torch.nn.Module):
             answers = self.recompute(self.engine, experts, rows)
         else:
             answers = experts(rows)
-        out_th = plan.collect_weighted(answers, gates_tk)
+        out_th = yield from plan.collect_weighted(answers, gates_tk)
         return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
 
 
@@ -71,6 +74,7 @@ class DenseMLP(torch.nn.Module):
         self.gate_up = kernels.column_parallel(f"{name}.gate_up", (2, mlp.ffn_hidden_size, hidden), 1, engine, topology)
         self.down = kernels.row_parallel(f"{name}.down", (hidden, mlp.ffn_hidden_size), engine, topology)
 
+    @without_waiting
     def forward(self, x_sbh: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             return self.recompute(self.engine, self._compute, x_sbh)

@@ -41,13 +41,15 @@ class Tokens:
 
     ``sequences`` is B; ``length`` the length S of the sequences before padding, over all tensor ranks; ``first`` the
     position of this rank's first row in them; positions from ``length`` on are padding. ``mask``: what each query may
-    look at (:func:`moe_train.model.documents.document_mask`); None: everything before it.
+    look at (:func:`moe_train.model.documents.document_mask`); None: everything before it. ``micro_batches``: those that
+    go through the model together; the losses of each count for as much less.
     """
 
     sequences: int
     length: int
     first: int
     mask: torch.Tensor | None = None
+    micro_batches: int = 1
 
     def valid_rows(self, rows: int) -> int:
         """How many of the local rows are no padding (they come first)."""
@@ -130,7 +132,7 @@ class Router(torch.nn.Module):
         if with_losses:
             observed = self._losses(*sums, tokens.sequences * tokens.length)
             loss = self.load_balancing_coef * observed.balance + self.config.z_coef * observed.z
-            gates_tk = MoEAuxLossAutoScaler.apply(gates_tk, loss)
+            gates_tk = MoEAuxLossAutoScaler.apply(gates_tk, loss / tokens.micro_batches)
             if self.observe is not None:
                 sharpness = _sharpness(self._scores(logits_te)[:valid]) if self.watch_gates else None
                 self.observe(

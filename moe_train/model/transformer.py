@@ -22,10 +22,12 @@ from moe_train.model.router import Tokens
 from parallel.placement import Placement, place
 from parallel.topology import Topology
 from parallel.transformer_engine import precision_context
+from parallel.turns import Steps, finish, in_turn
 
 
 class Layer(torch.nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: a computation that takes turns
+    (:mod:`parallel.turns`)."""
 
     def __init__(self, index: int, config: ModelConfig, engine, topology: Topology, options: ModelOptions):
         super().__init__()
@@ -37,9 +39,11 @@ class Layer(torch.nn.Module):
         self.mlp_norm = new_norm(f"{name}.mlp_norm", *norm)
         self.mlp = MLP[config.mlp.kind](f"{name}.mlp", config, engine, topology, options)
 
-    def forward(self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None) -> torch.Tensor:
-        x_sbh = x_sbh + self.attention(self.attention_norm(x_sbh), tokens, rotary, cache)
-        return x_sbh + self.mlp(self.mlp_norm(x_sbh), tokens)
+    def forward(
+        self, x_sbh: torch.Tensor, tokens: Tokens, rotary, cache: LayerCache | None = None
+    ) -> Steps[torch.Tensor]:
+        x_sbh = x_sbh + (yield from self.attention(self.attention_norm(x_sbh), tokens, rotary, cache))
+        return x_sbh + (yield from self.mlp(self.mlp_norm(x_sbh), tokens))
 
 
 class Transformer(MegatronModule):
@@ -47,7 +51,8 @@ class Transformer(MegatronModule):
 
     Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else
     fp32 logits ``[B, S, V]`` (``last_only``: ``[B, 1, V]``, those after the last token); on an earlier stage hidden
-    states ``[S / TP, B, H]`` for the next. Stages after the first take their input through :meth:`set_input_tensor`, as
+    states ``[S / TP, B, H]`` for the next. With several ``micro_batches`` the sequences are those of as many, which the
+    layers take in turn: one computes while the other's rows travel. Stages after the first take their input through :meth:`set_input_tensor`, as
     megatron-core's schedules hand it over, but still need the ids for their shape. Any S will do: under sequence
     parallelism it is padded to a multiple of the tensor ranks inside.
     """
@@ -98,6 +103,7 @@ class Transformer(MegatronModule):
         caches: list[LayerCache] | None = None,
         first_position: int = 0,
         last_only: bool = False,
+        micro_batches: int = 1,
     ):
         length = ids_bs.shape[1]
         tensor_ranks = self.topology.layout.tensor
@@ -108,26 +114,46 @@ class Transformer(MegatronModule):
             x_sbh = x_sbh if tensor_ranks > 1 else x_sbh.transpose(0, 1).contiguous()
         else:
             x_sbh = self.input_tensor
-        attention, document_end = self.model_config.attention, self.options.document_end
-        if document_end is None:
-            mask, positions = None, torch.arange(first_position, first_position + padded, device=x_sbh.device)
-        else:
-            mask = document_mask(ids_bs, document_end, attention.queries_per_kv_head)
-            positions = document_positions(ids_bs, document_end)
-        tokens = Tokens(len(ids_bs), length, self.topology.tensor_rank * padded // tensor_ranks, mask)
-        rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
+        parts = zip(ids_bs.chunk(micro_batches), x_sbh.chunk(micro_batches, dim=1))
         with precision_context(self.config):
-            for number, layer in enumerate(self.layers):
-                if self.options.recompute == "full" and torch.is_grad_enabled():
-                    x_sbh = self.kernels.recompute(self.config, lambda x, layer=layer: layer(x, tokens, rotary), x_sbh)
-                else:
-                    x_sbh = layer(x_sbh, tokens, rotary, caches[number] if caches else None)
+            outputs = in_turn(
+                [self._through_layers(x, ids, length, caches, first_position, micro_batches) for ids, x in parts]
+            )
+        x_sbh = outputs[0] if micro_batches == 1 else torch.cat(outputs, dim=1)
         if not self.post_process:
             return x_sbh
         x_sbh = self.final_norm(x_sbh)
         if labels_bs is not None:
             return self.head.loss(x_sbh, labels_bs)
         return self.head.logits(x_sbh, length, length - 1 if last_only else 0)
+
+    def _through_layers(
+        self,
+        x_sbh: torch.Tensor,
+        ids_bs: torch.Tensor,
+        length: int,
+        caches: list[LayerCache] | None,
+        first_position: int,
+        micro_batches: int,
+    ) -> Steps[torch.Tensor]:
+        """One micro-batch of ``micro_batches``, padded from ``length``."""
+        padded, attention, document_end = ids_bs.shape[1], self.model_config.attention, self.options.document_end
+        if document_end is None:
+            mask, positions = None, torch.arange(first_position, first_position + padded, device=x_sbh.device)
+        else:
+            mask = document_mask(ids_bs, document_end, attention.queries_per_kv_head)
+            positions = document_positions(ids_bs, document_end)
+        first = self.topology.tensor_rank * padded // self.topology.layout.tensor
+        tokens = Tokens(len(ids_bs), length, first, mask, micro_batches)
+        rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)
+        for number, layer in enumerate(self.layers):
+            if self.options.recompute == "full" and torch.is_grad_enabled():
+                x_sbh = self.kernels.recompute(
+                    self.config, lambda x, layer=layer: finish(layer(x, tokens, rotary)), x_sbh
+                )
+            else:
+                x_sbh = yield from layer(x_sbh, tokens, rotary, caches[number] if caches else None)
+        return x_sbh
 
     # ---- vocabulary-parallel parameters
 

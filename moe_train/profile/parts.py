@@ -7,6 +7,7 @@ Operations of the backward carry the sequence number of the forward operation th
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,18 @@ def _named(function, label: str):
         with torch.profiler.record_function(label):
             return function(*args, **kwargs)
 
-    return call
+    @functools.wraps(function)
+    def take_turns(*args, **kwargs):
+        steps = function(*args, **kwargs)
+        while True:  # a range must not be left open where another computation takes over
+            try:
+                with torch.profiler.record_function(label):
+                    next(steps)
+            except StopIteration as end:
+                return end.value
+            yield
+
+    return take_turns if inspect.isgeneratorfunction(function) else call
 
 
 def time_by_part(events, device: bool) -> dict[str, float]:

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from parallel.dispatch.alltoall import AllToAllDispatcher
 from parallel.dispatch.moves import permute
 from parallel.dispatch.rows import ExpertRows
+from parallel.turns import without_waiting
 
 
 class GatheredRows(ExpertRows):
@@ -66,6 +67,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
         """How many rows this rank gives; waits for the counts."""
         return super().rows_sent(received) if self.ep_size == 1 else int(self._sent.sum())
 
+    @without_waiting
     def send(self, rows: torch.Tensor, received: GatheredRows) -> torch.Tensor:
         """Rows sorted by global expert to rows of this rank's experts, sorted by local expert; waits for the counts."""
         if self.ep_size == 1:
@@ -75,6 +77,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
         )
         return permute(everybodys, received.index, received.back, some_nobody_back=True)
 
+    @without_waiting
     def send_back(self, rows: torch.Tensor, received: GatheredRows, sent: int) -> torch.Tensor:
         """The way back of :meth:`send`: each rank's answers, and zeros for what others answer, add up."""
         if self.ep_size == 1:

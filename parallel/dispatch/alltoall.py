@@ -2,7 +2,8 @@
 
 It counts, splits, exchanges and sorts; what is ours is the local permutation on either side of the exchange. A pair may
 be left out: it is not sent, and comes back as a row of zeros. Where matrix products want a multiple of rows (FP8: 16),
-the sender adds rows of zeros for each expert, which are nobody's pair.
+the sender adds rows of zeros for each expert, which are nobody's pair. Trips take turns with other computations
+(:mod:`parallel.turns`).
 """
 
 from __future__ import annotations
@@ -12,26 +13,27 @@ from functools import cached_property
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from parallel.dispatch.moves import gather_tokens, permute, weighted_sum
 from parallel.dispatch.rows import ExpertRows, add_fillers, sort_by_expert
+from parallel.dispatch.travel import travel
 from parallel.topology import Topology
+from parallel.turns import Steps
 
 
 class RoutingPlan:
     """Where each pair goes, for the tokens of one micro-batch in one layer.
 
-    With expert parallelism the first trip waits for the counts of the other ranks: what a layer can do before it, it
-    had better do.
+    With expert parallelism the first trip, :meth:`dispatch_tokens`, waits for the counts of the other ranks: what a
+    layer can do before it, it had better do.
 
     Attributes:
         rows: how many rows each expert of this rank receives.
     """
 
     def __init__(self, dispatcher: AllToAllDispatcher, experts_tk: torch.Tensor, sent_tk: torch.Tensor | None = None):
-        self._dispatcher = dispatcher
+        dispatcher = self._dispatcher = copy(dispatcher)  # which has the sizes of one exchange at a time
         tokens, self.top_k = experts_tk.shape
         self._left_out, self._filled = sent_tk is not None, dispatcher.row_multiple > 1
         experts, self._pairs = dispatcher.num_experts, experts_tk.numel()
@@ -65,25 +67,27 @@ class RoutingPlan:
         """R, the rows that this rank sends."""
         return self._dispatcher.rows_sent(self.rows) if self._left_out or self._filled else self._pairs
 
-    def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
+    def dispatch_tokens(self, x_th: torch.Tensor) -> Steps[torch.Tensor]:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
+        if self._dispatcher.ep_size > 1:
+            yield  # the counts are on their way
         rows = gather_tokens(x_th, self.order, self.inverse, self.top_k, self._filled, self._left_out)
-        return self._dispatcher.send(rows, self.rows)
+        return (yield from self._dispatcher.send(rows, self.rows))
 
-    def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
+    def dispatch_pairs(self, x_tkd: torch.Tensor) -> Steps[torch.Tensor]:
         """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
         rows = permute(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
-        return self._dispatcher.send(rows, self.rows)
+        return (yield from self._dispatcher.send(rows, self.rows))
 
-    def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
+    def collect_pairs(self, rows: torch.Tensor) -> Steps[torch.Tensor]:
         """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
-        answers = self._dispatcher.send_back(rows, self.rows, len(self.order))
+        answers = yield from self._dispatcher.send_back(rows, self.rows, len(self.order))
         pairs = permute(answers, self.inverse, self.order, self._left_out, self._filled)
         return pairs.unflatten(0, (-1, self.top_k))
 
-    def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> torch.Tensor:
+    def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> Steps[torch.Tensor]:
         """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
-        answers = self._dispatcher.send_back(rows, self.rows, len(self.order))
+        answers = yield from self._dispatcher.send_back(rows, self.rows, len(self.order))
         return weighted_sum(answers, gates_tk, self.order, self.inverse, self._filled, self._left_out)
 
 
@@ -123,7 +127,6 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.ep_size == 1:
             return ExpertRows(count_e)
         per_expert = self.preprocess(count_e.unsqueeze(0))  # takes a map of who goes where, and adds it up
-        # One trip's state may be overwritten by the next layer's before its backward runs: autograd keeps the splits.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", per_expert)
         return ExpertRows(per_expert, self._wait_for_counts)
 
@@ -137,15 +140,21 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         counts = received.counts
         return sum(counts) if self.ep_size == 1 else int(sum(self.input_splits))
 
-    def send(self, rows: torch.Tensor, received: ExpertRows) -> torch.Tensor:
+    def send(self, rows: torch.Tensor, received: ExpertRows) -> Steps[torch.Tensor]:
         """Rows sorted by global expert to rows of this rank's experts, sorted by local expert; waits for the counts."""
         if self.ep_size == 1:
             return rows
         received.counts  # noqa: B018  (from here on the splits are plain numbers)
-        arrived = all_to_all(self.ep_group, rows, self.output_splits, self.input_splits)
+        arrived = yield from self._travel(rows, self.output_splits, self.input_splits)
         sorted_rows, _, _ = self.dispatch_postprocess(arrived, None)
         return sorted_rows
 
-    def send_back(self, rows: torch.Tensor, received: ExpertRows, sent: int) -> torch.Tensor:
+    def send_back(self, rows: torch.Tensor, received: ExpertRows, sent: int) -> Steps[torch.Tensor]:
         """The way back of :meth:`send`, ``[sent, D]``."""
-        return rows if self.ep_size == 1 else self.token_combine(self.combine_preprocess(rows))
+        if self.ep_size == 1:
+            return rows
+        return (yield from self._travel(self.combine_preprocess(rows), self.input_splits, self.output_splits))
+
+    def _travel(self, rows: torch.Tensor, received, sent) -> Steps[torch.Tensor]:
+        received, sent = ([int(count) for count in counts] for counts in (received, sent))
+        return travel(rows, self.ep_group, received, sent)

@@ -14,6 +14,7 @@ from parallel.dispatch.alltoall import AllToAllDispatcher, RoutingPlan
 from parallel.dispatch.moves import permute, weighted_sum
 from parallel.dispatch.rows import ExpertRows, add_fillers, sort_by_expert
 from parallel.errors import EngineError
+from parallel.turns import without_waiting
 
 
 class FlexDispatcher(AllToAllDispatcher):
@@ -58,18 +59,22 @@ class FlexPlan:
         self._exchange = _Exchange(dispatcher, expert_tk.reshape(-1, 1))
         self._held, self._multiple = dispatcher.num_local_experts, dispatcher.row_multiple
 
+    @without_waiting
     def dispatch_tokens(self, x_th: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
         return self._send(x_th.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1))
 
+    @without_waiting
     def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
         """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
         return self._send(x_tkd.flatten(0, 1))
 
+    @without_waiting
     def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
         return self._send_back(rows).unflatten(0, (-1, self.top_k))
 
+    @without_waiting
     def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> torch.Tensor:
         """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
         answers = self._send_back(rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from parallel.layout import Layout
+from parallel.turns import finish
 
 TOKENS, EXPERTS, WIDTH = 9, 5, 4
 
@@ -60,6 +61,11 @@ def partly_sent(request, dispatcher):
     return dispatcher.plan(experts, sent), experts, sent
 
 
+def at_once(trip):
+    """A trip as a plain function."""
+    return lambda *args: finish(trip(*args))
+
+
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
 
@@ -79,19 +85,19 @@ def test_counts(routed):
 def test_tokens_go_to_their_experts(routed):
     plan, experts = routed
     x = draw(TOKENS, WIDTH)
-    rows = plan.dispatch_tokens(x)
+    rows = at_once(plan.dispatch_tokens)(x)
     assert torch.equal(rows, torch.stack([x[token] for token, _ in pairs_by_expert(experts)]))
-    assert torch.autograd.gradcheck(plan.dispatch_tokens, (x,))
+    assert torch.autograd.gradcheck(at_once(plan.dispatch_tokens), (x,))
 
 
 def test_pairs_go_out_and_come_home(routed):
     plan, experts = routed
     x = draw(TOKENS, experts.shape[1], WIDTH)
-    rows = plan.dispatch_pairs(x)
+    rows = at_once(plan.dispatch_pairs)(x)
     assert torch.equal(rows, torch.stack([x[pair] for pair in pairs_by_expert(experts)]))
-    assert torch.equal(plan.collect_pairs(rows), x)
-    assert torch.autograd.gradcheck(plan.dispatch_pairs, (x,))
-    assert torch.autograd.gradcheck(plan.collect_pairs, (rows.detach().requires_grad_(),))
+    assert torch.equal(at_once(plan.collect_pairs)(rows), x)
+    assert torch.autograd.gradcheck(at_once(plan.dispatch_pairs), (x,))
+    assert torch.autograd.gradcheck(at_once(plan.collect_pairs), (rows.detach().requires_grad_(),))
 
 
 def test_answers_are_weighted_by_their_gates(routed):
@@ -100,8 +106,8 @@ def test_answers_are_weighted_by_their_gates(routed):
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(rows, pairs_by_expert(experts)):
         expected[token] += gates[token, slot] * row
-    torch.testing.assert_close(plan.collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(plan.collect_weighted, (rows, gates))
+    torch.testing.assert_close(at_once(plan.collect_weighted)(rows, gates), expected, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(at_once(plan.collect_weighted), (rows, gates))
 
 
 def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
@@ -109,20 +115,20 @@ def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
     pairs = [pair for pair in pairs_by_expert(experts) if sent[pair]]
     assert plan.rows.counts == [int(((experts == expert) & sent).sum()) for expert in range(EXPERTS)]
     x, x_tkd = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH)
-    assert torch.equal(plan.dispatch_tokens(x), x[[token for token, _ in pairs]])
-    rows = plan.dispatch_pairs(x_tkd)
+    assert torch.equal(at_once(plan.dispatch_tokens)(x), x[[token for token, _ in pairs]])
+    rows = at_once(plan.dispatch_pairs)(x_tkd)
     assert torch.equal(rows, x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
-    assert torch.equal(plan.collect_pairs(rows), x_tkd * sent[..., None])
+    assert torch.equal(at_once(plan.collect_pairs)(rows), x_tkd * sent[..., None])
     rows, gates = draw(len(pairs), WIDTH), draw(TOKENS, 2)
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(rows, pairs):
         expected[token] += gates[token, slot] * row
-    torch.testing.assert_close(plan.collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(at_once(plan.collect_weighted)(rows, gates), expected, atol=1e-12, rtol=0)
     for trip, inputs in (
-        (plan.dispatch_tokens, (x,)),
-        (plan.dispatch_pairs, (x_tkd,)),
-        (plan.collect_pairs, (rows,)),
-        (plan.collect_weighted, (rows, gates)),
+        (at_once(plan.dispatch_tokens), (x,)),
+        (at_once(plan.dispatch_pairs), (x_tkd,)),
+        (at_once(plan.collect_pairs), (rows,)),
+        (at_once(plan.collect_weighted), (rows, gates)),
     ):
         inputs = tuple(value.detach().requires_grad_() for value in inputs)
         if all(value.numel() for value in inputs):
@@ -144,21 +150,21 @@ def test_rows_are_filled_up_with_zeros_that_are_nobodys(topology, multiple, some
     real = torch.cat([torch.arange(padded) < count for padded, count in zip(plan.rows.counts, counts)])
 
     x, x_tkd, gates = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH), draw(TOKENS, 2)
-    rows = plan.dispatch_tokens(x)
+    rows = at_once(plan.dispatch_tokens)(x)
     assert torch.equal(rows[real], x[[token for token, _ in pairs]]) and not rows[~real].any()
-    rows = plan.dispatch_pairs(x_tkd)
+    rows = at_once(plan.dispatch_pairs)(x_tkd)
     assert torch.equal(rows[real], x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
     assert not rows[~real].any()
-    assert torch.equal(plan.collect_pairs(rows), x_tkd * sent[..., None])
+    assert torch.equal(at_once(plan.collect_pairs)(rows), x_tkd * sent[..., None])
     answers = draw(len(real), WIDTH)  # of experts with a bias, say: what they make of zeros is nobody's either
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(answers[real], pairs):
         expected[token] += gates[token, slot] * row
-    torch.testing.assert_close(plan.collect_weighted(answers, gates), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(at_once(plan.collect_weighted)(answers, gates), expected, atol=1e-12, rtol=0)
     for trip, inputs in (
-        (plan.dispatch_tokens, (x,)),
-        (plan.dispatch_pairs, (x_tkd,)),
-        (plan.collect_pairs, (answers,)),
-        (plan.collect_weighted, (answers, gates)),
+        (at_once(plan.dispatch_tokens), (x,)),
+        (at_once(plan.dispatch_pairs), (x_tkd,)),
+        (at_once(plan.collect_pairs), (answers,)),
+        (at_once(plan.collect_weighted), (answers, gates)),
     ):
         assert torch.autograd.gradcheck(trip, tuple(value.detach().requires_grad_() for value in inputs))
