@@ -124,7 +124,7 @@ def upcycle(
     ] = 0.0,
     router: Annotated[
         Optional[list[str]],
-        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new model's `router`; may be given often."),
+        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new `mlp.router`; may be given often."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the routers and of what is drawn.")] = 1234,
     keep_optimizer: Annotated[

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from moe_train.checkpoint.weights import WeightsReader
     from moe_train.convert.huggingface import HuggingFaceModel
 
-KEPT_STATE = ("step", "samples", "tokens", "ledger", "faults", "optimizer_steps", "random", "precision")
+KEPT_STATE = (
+    "step",
+    "samples",
+    "tokens",
+    "ledger",
+    "faults",
+    "load_balancing_coefs",
+    "optimizer_steps",
+    "random",
+    "precision",
+)
 """What of a run's state goes with its optimizer's."""
 
 
@@ -47,7 +57,8 @@ def upcycle(
         reinitialize: the part of each expert's hidden channels, another choice for each expert, whose weights are drawn
             anew with the standard deviation of the dense weight.
         seed: of routers, noise and channels.
-        router: keys of the model's ``router`` and their values, such as ``{"normalize_logits": True}``.
+        router: keys of the new ``mlp.router`` over the model's ``router``, such as ``{"normalize_logits": True}``; the
+            routers of attention stay as they were.
         keep_optimizer: carry over the moments too (copied like the weights, 0 for what is new), and where the run
             stood: what comes out is resumed (``--resume``), not initialised from.
 
@@ -106,16 +117,17 @@ def mixture_config(dense: ModelConfig, source: str, experts: int, top_k: int, ro
         activation=dense.mlp.activation,
         bias=False,
     )
-    values = dense.model_dump() | {"mlp": mlp.model_dump()}
-    values["router"] = values["router"] | router
-    if not values["router"].get("renormalize"):
-        raise UserError(
-            "renormalize: false: gates that do not add up to 1 make the copies compute something else; leave it true"
-        )
+    values = dense.model_dump() | {"mlp": mlp.model_dump() | {"router": router or None}}
     try:
-        return ModelConfig.model_validate(values)
+        config = ModelConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, ModelConfig, Document(values, {(): Mark("--router", 0)}))) from None
+    if not config.router_of("mlp").renormalize:
+        raise UserError(
+            "renormalize: false: gates that do not add up to 1 make the copies compute something else; give"
+            " --router renormalize=true"
+        )
+    return config
 
 
 def read_router_keys(texts: list[str]) -> dict[str, Any]:

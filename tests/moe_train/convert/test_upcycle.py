@@ -21,6 +21,7 @@ from moe_train.model.config import (
     MixtureOfAttentionConfig,
     MixtureOfMLPConfig,
 )
+from moe_train.model.router_config import RouterConfig
 from tests.small_checkpoint import random_weights, small_config, write_checkpoint
 
 DENSE = small_config(
@@ -53,10 +54,16 @@ def test_it_computes_what_the_dense_model_did(ranks, dense, tmp_path, experts, t
         np.testing.assert_allclose(two, nll(ranks, dense), atol=1e-5, rtol=0)
 
 
-def test_a_mixture_of_attention_heads_stays_one(ranks, tmp_path):
-    config = DENSE.model_copy(update={"attention": MixtureOfAttentionConfig(num_kv_heads=2, head_dim=8, num_experts=4)})
+@pytest.mark.parametrize("keys", [{}, {"normalize_logits": True, "logit_scale": 2.0, "bias": True}])
+@pytest.mark.parametrize("own", [None, RouterConfig(z_coef=0.5, bias=True)])
+def test_a_mixture_of_attention_heads_stays_one(ranks, tmp_path, keys, own):
+    attention = MixtureOfAttentionConfig(num_kv_heads=2, head_dim=8, num_experts=4, router=own)
+    config = DENSE.model_copy(update={"attention": attention, "router": RouterConfig(z_coef=0.25)})
     dense = write_checkpoint(tmp_path / "dense", config, random_weights(config))
-    upcycle(dense, tmp_path / "out", 3, 2)
+    upcycle(dense, tmp_path / "out", 3, 2, router=keys)
+    mixture = WeightsReader(tmp_path / "out").config
+    assert (mixture.attention, mixture.router) == (config.attention, config.router)
+    assert mixture.router_of("mlp") == RouterConfig(z_coef=0.25, **keys)
     np.testing.assert_allclose(nll(ranks, tmp_path / "out"), nll(ranks, dense), atol=1e-5, rtol=0)
 
 
@@ -118,16 +125,16 @@ def test_the_optimizer_is_kept_where_asked_for(tmp_path):
     ]
     values = {"weights": 1.0, "main": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
     tensors = ((entry.key, weights[entry.key.split(".", 1)[1]] * values[entry.key.split(".")[0]]) for entry in entries)
-    write_entries(
-        tmp_path / "dense", DENSE, entries, tensors, extra_state={"step": 7, "samples": 70, "optimizer_steps": 6}
-    )
+    stood = {"step": 7, "samples": 70, "optimizer_steps": 6, "load_balancing_coefs": {"layers.0.attention": 0.004}}
+    write_entries(tmp_path / "dense", DENSE, entries, tensors, extra_state=stood)
     upcycle(tmp_path / "dense", tmp_path / "plain", 4, 2)
     assert (
         WeightsReader(tmp_path / "plain").optimizer_kinds == [] and WeightsReader(tmp_path / "plain").state["step"] == 0
     )
     upcycle(tmp_path / "dense", tmp_path / "kept", 4, 2, keep_optimizer=True)
     kept = WeightsReader(tmp_path / "kept")
-    assert kept.optimizer_kinds == ["main", "exp_avg", "exp_avg_sq"] and kept.state["optimizer_steps"] == 6
+    assert kept.optimizer_kinds == ["main", "exp_avg", "exp_avg_sq"]
+    assert {key: kept.state[key] for key in stood} == stood
     name = "layers.1.mlp.down.weight"
     for kind, dtype in kinds.items():
         read = kept.read_kind(kind, name)
@@ -145,8 +152,8 @@ def test_the_optimizer_is_kept_where_asked_for(tmp_path):
         ({"noise": -1.0}, "--noise -1"),
         ({"reinitialize": 1.5}, "--reinitialize 1.5: give a part, from 0 to 1"),
         ({"keep_optimizer": True}, "holds weights alone: there is no optimizer state"),
-        ({"router": {"capacity_factor": 0.5}}, "router.capacity_factor: 0.5 has no room for the top_k experts"),
-        ({"router": {"renormalise": True}}, "--router: router.renormalise: unknown key; did you mean 'renormalize'?"),
+        ({"router": {"capacity_factor": 0.5}}, "mlp.router.capacity_factor: 0.5 has no room for the top_k experts"),
+        ({"router": {"renormalise": True}}, "--router: mlp.router.renormalise: unknown key; did you mean"),
         ({"router_std": float("nan")}, "--router-std nan: give 0 or more"),
         ({"router": {"renormalize": False}}, "gates that do not add up to 1"),
     ],
