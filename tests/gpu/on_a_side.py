@@ -77,15 +77,15 @@ def outputs(compiled: bool = True, changes: dict | None = None, **options) -> di
         compiled: False: nothing that `torch.compile` made is used.
         options: of :func:`build`.
     """
-    # What this process has compiled before would still run if the compiler were merely disabled.
-    torch.compiler.set_stance("default" if compiled else "force_eager")
     config = model(**(changes or {}))
     chunks, stepper, optimizer, topology = build(config, **options)
     windows = windows_of(config, 0, topology.device)
-    with torch.no_grad():
-        logits = chunks[0](windows[:, :-1])
-    optimizer.zero_grad()
-    loss = stepper.train([windows])
+    # What this process has compiled before would still run if the compiler were merely disabled.
+    with torch.compiler.set_stance("default" if compiled else "force_eager"):
+        with torch.no_grad():
+            logits = chunks[0](windows[:, :-1])
+        optimizer.zero_grad()
+        loss = stepper.train([windows])
     gradients: dict[str, torch.Tensor] = {}
     for parameter in chunks[0].parameters():
         placed = parameter.placement
@@ -97,6 +97,18 @@ def outputs(compiled: bool = True, changes: dict | None = None, **options) -> di
         "logits": logits.float().cpu().numpy(),
         "gradients": {name: gradient.numpy() for name, gradient in gradients.items()},
     }
+
+
+def compiles() -> bool:
+    """Whether this process uses what `torch.compile` makes."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=keep)(torch.zeros(1))
+    return bool(graphs)
 
 
 def curve(steps: int, **options) -> list[float]:

@@ -85,6 +85,12 @@ def test_compiled_chains(side, device, precision) -> None:
     )
 
 
+def test_what_follows_is_compiled_again(side) -> None:
+    """Tests share a process."""
+    side("cpu", "outputs", compiled=False)
+    assert side("cpu", "compiles")
+
+
 def test_a_difference_is_found(side, on_cpu) -> None:
     with pytest.raises(AssertionError, match="logits"):
         assert_close(side("cpu", "outputs", seed=6), on_cpu, BF16)
