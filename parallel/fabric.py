@@ -32,15 +32,13 @@ def measure(cuda: bool) -> dict[str, float | None]:
     import torch
     import torch.distributed as dist
 
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
     if cuda:
-        if torch.cuda.device_count() <= local:
-            raise RuntimeError(
-                f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and this rank is number {local} of "
-                "its node"
-            )
-        torch.cuda.set_device(local)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if not torch.cuda.device_count():
+            raise RuntimeError(f"torch {torch.__version__} sees no GPU")
+        # As the engine of a run takes it: a rank may see all GPUs of its node, or only its own.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     world, rank = dist.get_world_size(), dist.get_rank()
     count = (GPU_BYTES if cuda else CPU_BYTES) // 4 // world * world
