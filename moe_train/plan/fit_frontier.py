@@ -96,16 +96,16 @@ def _parabola(group: list[Run]) -> Profile | None:
 def fit_envelope(runs: list[Run], values: int = 1500, bootstraps: int = 100, seed: int = 0) -> FrontierFit:
     """The size of the lowest curve at log-spaced budgets, and the power law through them.
 
-    Only budgets between the first and last change of the lowest curve count: before and after them the
-    optimum may lie outside of the sizes that were trained. Raises UserError with fewer than 3 curves, or
-    without a change.
+    Only budgets that curves of two sizes or more reach count, and of these those between the first and last
+    change of the lowest curve: before and after them the optimum may lie outside of the sizes that were
+    trained. Raises UserError with fewer than 3 curves, or where no two sizes are left.
     """
     curves = [run for run in runs if len(run.curve) >= 3]
     if len(curves) < 3:
         raise UserError(f"the envelope needs 3 training curves or more; these runs have {len(curves)}")
     points = _envelope(curves, values)
     if len({params for _, params in points}) < 2:
-        raise UserError("one size is the best at every budget of these curves: train more sizes")
+        raise UserError("the best size changes too seldom along these curves: train more sizes")
     random, slopes = np.random.default_rng(seed), []
     for _ in range(bootstraps):
         drawn = _envelope([curves[i] for i in random.integers(0, len(curves), len(curves))], values // 10)
@@ -122,12 +122,14 @@ def _envelope(curves: list[Run], values: int) -> list[tuple[float, float]]:
         tokens, loss = np.array(run.curve).T
         inside = (grid >= low) & (grid <= high)
         row[inside] = np.interp(np.log(grid[inside]), np.log(6 * run.params * tokens), loss)
-    best = losses.argmin(axis=0)
-    sizes = np.array([curves[index].params for index in best])
+    params = np.array([run.params for run in curves])
+    known = np.isfinite(losses)
+    reached = [len(set(params[column])) >= 2 for column in known.T]  # elsewhere there is nothing to compare
+    grid, sizes = grid[reached], params[losses[:, reached].argmin(axis=0)]
     changes = np.flatnonzero(sizes[1:] != sizes[:-1])
     if not len(changes):
         return []
-    kept = slice(changes[0] + 1, changes[-1] + 1) if len(changes) > 1 else slice(changes[0], changes[0] + 2)
+    kept = slice(changes[0] + 1, changes[-1] + 1)
     return [(float(flops), float(size)) for flops, size in zip(grid[kept], sizes[kept], strict=True)]
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.cli import main
+from moe_train.errors import UserError
 from moe_train.plan import scaling
 from moe_train.plan.fit_data import Run, load_runs, smoothed, with_curves
 from moe_train.plan.fit_frontier import fit_envelope, fit_isoflop
@@ -105,6 +106,35 @@ def test_the_envelope_of_curves_recovers_the_frontier() -> None:
     assert found.law.a == pytest.approx(law.frontier.a, abs=0.02)
     assert found.interval[0] < found.interval[1]
     assert found.law.at_flops(1e20).params == pytest.approx(law.frontier.at_flops(1e20).params, rel=0.1)
+
+
+def curve(params: float, low: float, high: float) -> Run:
+    """A run without noise whose curve goes from ``low`` to ``high`` tokens a parameter."""
+    points = tuple((float(d), scaling.REPLICATION.loss(params, d)) for d in np.geomspace(low, high, 60) * params)
+    return Run("curve", params, points[-1][0], points[-1][1], params, curve=points)
+
+
+def test_the_envelope_has_no_optimum_where_no_two_sizes_meet() -> None:
+    """Two groups of curves, whose budgets have a gap of a factor of 40 between them."""
+    small, large = ([curve(size * n, 5, 80) for n in (1, 1.5, 2, 3)] for size in (1e7, 4e8))
+    last, first = (max(6 * run.params * run.tokens for run in small), 6 * 4e8 * 4e8 * 5)
+    assert first > 10 * last
+    points = fit_envelope(small + large, bootstraps=0).points
+    assert min(flops for flops, _ in points) < last and max(flops for flops, _ in points) > first
+    assert not [flops for flops, _ in points if last < flops < first], "optima at budgets that no curve reaches"
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [curve(params, 15, 30) for params in (1e9, 1e6, 1e7, 1e8)],
+        [curve(params, 1, 400) for params in (1e7, 1e7, 4e7)],
+    ],
+    ids=["none meet", "one crossing"],
+)
+def test_there_is_no_envelope_where_the_best_size_hardly_changes(curves: list[Run]) -> None:
+    with pytest.raises(UserError, match="the best size changes too seldom along these curves"):
+        fit_envelope(curves, bootstraps=0)
 
 
 def test_a_sparsity_law_is_recovered() -> None:
