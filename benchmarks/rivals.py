@@ -239,6 +239,9 @@ def _gpt_config(model: ModelConfig, te: bool, bf16: bool, recompute: str) -> dic
         moe_permute_fusion=te,
         apply_rope_fusion=te,
         cross_entropy_loss_fusion=True,
+        # off by default, and on in its own training program: else SwiGLU writes tensors of the FFN's width in fp32
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
         masked_softmax_fusion=False,
     )
     if recompute == "full":

@@ -112,9 +112,13 @@ def test_hugging_face(model, attention, monkeypatch) -> None:
     reason="GPTModel takes its last norm from Transformer Engine where that is installed, which needs a GPU",
 )
 def test_megatron(model, monkeypatch) -> None:
+    from megatron.core.transformer import mlp
     from megatron.core.transformer.moe.experts import SequentialMLP
     from rivals import megatron
 
+    fused = []
+    gate = mlp.weighted_bias_swiglu_impl
+    monkeypatch.setattr(mlp, "weighted_bias_swiglu_impl", lambda *given: (fused.append(given), gate(*given))[1])
     contestant = megatron(model, "local", BATCH, "bf16", "none")
     hidden, heads = model.hidden_size, model.attention
     # queries and outputs of experts unused
@@ -133,6 +137,7 @@ def test_megatron(model, monkeypatch) -> None:
     steps(contestant, model)
     assert any(len(set(each)) > 1 for each in counts[: len(counts) // 2])
     assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in counts[len(counts) // 2 :])
+    assert len(fused) >= sum(map(len, counts)) / 2, "its activation runs operation by operation"
 
 
 def test_as_many_layers_as_fit(monkeypatch) -> None:
