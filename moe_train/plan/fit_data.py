@@ -96,10 +96,15 @@ def _number(text: str | None, path: Path, line: int, column: str) -> float:
 def _from_folder(folder: Path) -> Run:
     from data_pipeline.yaml_marks import Document, read_yaml, validate
     from moe_train.model.config import ModelConfig
+    from moe_train.training.run_folder import RunFolder
 
-    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    if not config.is_file() or not metrics.is_file():
-        raise UserError(f"{folder} is not a run's folder: it needs config.yaml and metrics.jsonl")
+    config, metrics, outcome = (folder / name for name in ("config.yaml", "metrics.jsonl", "outcome.json"))
+    if not (config.is_file() and metrics.is_file() and outcome.is_file()):
+        raise UserError(f"{folder} is not a run's folder: it needs config.yaml, metrics.jsonl and outcome.json")
+    ended = RunFolder(folder).read_outcome()
+    if ended.get("code") != 0:
+        reason = " ".join(str(ended.get("reason", "outcome.json cannot be read")).split())  # a bug's has lines
+        raise UserError(f"{folder} is not a complete run: finish it, or leave it out ({reason})")
     data = read_yaml(str(config)).data
     if not isinstance(data, dict) or "model" not in data:
         raise UserError(f"{config} has no section model")

@@ -22,6 +22,7 @@ from moe_train.plan.fit_parametric import fit_parametric, huber_sum
 from moe_train.plan.fit_sparsity import fit_sparsity
 from moe_train.plan.law_file import load_law
 from moe_train.plan.sparsity import SparsityLaw, active_share
+from moe_train.training.run_folder import RunFolder
 
 POINTS = str(Path(__file__).with_name("chinchilla_points.csv"))
 """Chinchilla's Figure 4 as read off by Besiroglu et al. (github.com/epoch-research/analyzing-chinchilla):
@@ -178,14 +179,43 @@ def test_the_fitted_law_is_a_file_that_compute_optimal_takes(tmp_path: Path, cap
     assert "compute-optimal exponents" in capsys.readouterr().out
 
 
-def test_a_run_s_folder_is_a_run(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a complete run of 100 steps."""
     (tmp_path / "config.yaml").write_text("model: {num_layers: 2, mlp: {num_experts: 8, top_k: 2}}\n", encoding="utf-8")
     lines = [json.dumps({"tokens": 100 * n, "loss": 5 - 0.01 * n}) for n in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (run,) = load_runs([str(tmp_path)])
+    RunFolder(tmp_path).finish(0, "complete", 100)
+    return tmp_path
+
+
+def test_a_run_s_folder_is_a_run(folder: Path) -> None:
+    (run,) = load_runs([str(folder)])
     assert run.tokens == 10000 and run.loss == pytest.approx(4.005) and run.sparsity == 0.75
     assert run.params < run.total_params and len(run.curve) == 96
     assert with_curves([run]) == [run]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [
+        ({"code": 6, "reason": "step 281: loss 4.171 is a spike"}, "step 281: loss 4.171 is a spike"),
+        ({"code": 1, "reason": "shapes differ:\n  2 and 3"}, "shapes differ: 2 and 3"),
+        ({"code": None, "reason": "running"}, "running"),
+        ([], "outcome.json cannot be read"),
+    ],
+)
+def test_a_run_that_is_not_complete_is_refused_with_its_reason(folder: Path, outcome, reason: str, capsys) -> None:
+    (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    assert main(["plan", "fit", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} is not a complete run" in error and reason in error and error.count("\n") == 1
+
+
+def test_a_folder_that_does_not_say_how_its_run_ended_is_refused(folder: Path) -> None:
+    (folder / "outcome.json").unlink()
+    with pytest.raises(UserError, match="it needs config.yaml, metrics.jsonl and outcome.json"):
+        load_runs([str(folder)])
 
 
 def test_smoothing_is_a_running_mean() -> None:

@@ -12,6 +12,7 @@ import pytest
 from moe_train.cli import main
 from moe_train.config import load_run
 from moe_train.plan import scaling
+from moe_train.training.run_folder import RunFolder
 
 
 def ask(capsys, *arguments: str) -> dict:
@@ -65,6 +66,7 @@ def test_what_a_sweep_trained_can_be_fitted(tmp_path: Path, capsys) -> None:
             for n in range(1, 201)
         ]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+        RunFolder(folder).finish(0, "complete", 200)
     folders = [str(out / run["name"]) for run in runs]
     assert main(["plan", "fit", *folders, "--bootstraps", "0", "--starts", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
