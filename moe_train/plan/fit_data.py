@@ -73,12 +73,17 @@ def _from_csv(path: Path) -> list[Run]:
     runs = []
     for line, row in enumerate(rows, start=2):
         value = {key: _number(row[name], path, line, name) for key, name in found.items() if name}
-        tokens = value.get("tokens") or value["flops"] / (6 * value["params"])
-        total, sparsity = value.get("total_params", value["params"]), value.get("sparsity", 0.0)
-        if min(value["params"], tokens, value["loss"]) <= 0 or not 0 <= sparsity < 1:
+        sparsity = value.pop("sparsity", 0.0)
+        if min(value.values()) <= 0 or not 0 <= sparsity < 1:
             raise UserError(
-                f"{path}:{line}: params, tokens and loss must be more than 0, and sparsity from 0 to less than 1"
+                f"{path}:{line}: {', '.join(value)} must be more than 0, and sparsity from 0 to less than 1"
             )
+        if sparsity and "total_params" not in value:
+            raise UserError(
+                f"{path}:{line}: sparsity {sparsity:g} needs a column total_params: params are those that a token uses"
+            )
+        tokens = value["tokens"] if "tokens" in value else value["flops"] / (6 * value["params"])
+        total = value.get("total_params", value["params"])
         runs.append(Run(f"{path.name}:{line}", value["params"], tokens, value["loss"], total, sparsity))
     return runs
 

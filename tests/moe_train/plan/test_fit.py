@@ -227,7 +227,10 @@ def test_smoothing_is_a_running_mean() -> None:
     ("text", "expected"),
     [
         ("params,tokens,loss\n1e9,2e10,2.5\n2e9,2e10,2.4\n3e9,2e10,2.3\n", "3 run(s) are too few"),
-        ("params,tokens,loss\n1e9,-2e10,2.5\n", "runs.csv:2: params, tokens and loss must be more than 0"),
+        ("params,tokens,loss\n1e9,-2e10,2.5\n", "runs.csv:2: params, tokens, loss must be more than 0"),
+        ("params,tokens,loss\n1e6,1e8,3\n1e6,0,3\n", "runs.csv:3: params, tokens, loss must be more than 0"),
+        ("params,flops,loss\n0,1e15,3\n", "runs.csv:2: params, flops, loss must be more than 0"),
+        ("params,tokens,loss,sparsity\n1e9,2e10,2.5,0.5\n", "runs.csv:2: sparsity 0.5 needs a column total_params"),
         ("params,tokens,loss\n1e9,many,2.5\n", "runs.csv:2: tokens is not a number"),
         ("params,tokens,loss,sparsity\n1e9,2e10,2.5,1\n", "sparsity from 0 to less than 1"),
         ("size,loss\n1,2\n", "runs.csv:1: needs the columns"),
