@@ -1,7 +1,7 @@
 """One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their
 optimizer.
 
-    python benchmarks/h100_step.py --out profiles                        everything, 4 micro-batches of 4 x 4096 tokens
+    python benchmarks/h100_step.py --out profiles                        all that fit, 4 micro-batches of 4 x 4096 tokens
     python benchmarks/h100_step.py --only ours,ours-fp8-blockwise,megatron-te --rounds 3
     python benchmarks/h100_step.py --quick                               2 steps of each, without the profiler
     python benchmarks/h100_step.py --model bench_60m --layers 1 --sequence-length 128 --steps 1     tries it on a CPU
@@ -18,6 +18,10 @@ Contestants, each in a process of its own, one after the other, with the same la
     megatron-local, megatron-te
                             megatron-core's GPTModel of the same size, with grouped-query attention; local: as where
                             Transformer Engine is not installed
+
+huggingface-eager and megatron-local write attention scores. Where those of one layer and micro-batch cannot fit the 15%
+of the GPU's memory that the slice leaves, the two are left out (``left_out`` has them) unless ``--only`` names them.
+12 bytes a score are counted: in softmax's backward its fp32 output and two gradients are there at once.
 
 One that fails or does not fit has ``error`` in its entry, and the others go on. ``learned`` is the routing that comes
 out of the first weights, ``balanced`` gives every expert as many tokens, in turn; a contestant takes the two
@@ -65,14 +69,19 @@ CONTESTANTS = (
     "megatron-te",
 )
 WITHOUT_TRANSFORMER_ENGINE = ("ours", "ours-share", "megatron-local")
+WITH_SCORES = ("huggingface-eager", "megatron-local")
 ROOM = 0.85
 """Of the GPU's memory, for what the planner counts of ours; the rest is for others, cuBLAS and fragmentation."""
+SCORE_BYTES = 12
+"""Of an attention score at the least, where scores are written."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=CONTESTANTS, help="some contestants, as a,b,c"
+        "--only",
+        type=lambda text: text.split(","),
+        help="some contestants, as a,b,c; else all but those whose attention scores cannot fit",
     )
     parser.add_argument("--model", default="jetmoe_8b", help="a preset or a model file")
     parser.add_argument("--layers", type=positive, help="instead of as many as fit")
@@ -89,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="a folder for results.json, traces and kernels")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.only if name not in CONTESTANTS]
+    unknown = [name for name in arguments.only or () if name not in CONTESTANTS]
     if unknown:
         parser.error(f"--only {unknown[0]}: there is none of that name; there are {', '.join(CONTESTANTS)}")
     if arguments.out:
@@ -112,10 +121,13 @@ def main() -> None:
         print(f"error: {machine['error']}", file=sys.stderr)
         raise SystemExit(2)
     layers = ["--layers", str(machine["layers"])]
+    names = arguments.only or [name for name in CONTESTANTS if name not in machine["left_out"]]
+    if machine["left_out"]:
+        print(f"left out: {', '.join(machine['left_out'])} (their attention scores cannot fit)", file=sys.stderr)
     results: dict[str, dict[str, Any]] = {}
     answer = record(machine, results, arguments)  # at once: what an earlier command left there is not this one's
     for number in range(arguments.rounds):
-        for name in arguments.only:
+        for name in names:
             began = time.monotonic()
             print(f"{name}: ", end="", file=sys.stderr, flush=True)
             one = in_child(name, layers, arguments.limit)
@@ -240,6 +252,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "layers": layers,
         "parameters": whole.model_copy(update={"num_layers": layers}).num_parameters(),
+        "left_out": [] if arguments.only else left_out(whole, arguments),
         "batch": [arguments.micro_batches, arguments.micro_batch_size, arguments.sequence_length],
         "precision": arguments.precision,
         "recompute": arguments.recompute,
@@ -278,6 +291,18 @@ def fitted_layers(model, arguments: argparse.Namespace) -> int:
         if needed <= room:
             return layers
     raise SystemExit("not one layer fits: give --recompute full or a smaller --sequence-length")
+
+
+def left_out(model, arguments: argparse.Namespace) -> list[str]:
+    """Those that cannot fit the GPU because they write attention scores."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    heads = model.attention.num_kv_heads * model.attention.queries_per_kv_head
+    scores = arguments.micro_batch_size * heads * arguments.sequence_length**2
+    room = (1 - ROOM) * torch.cuda.get_device_properties(0).total_memory
+    return list(WITH_SCORES) if SCORE_BYTES * scores > room else []
 
 
 def prepare(name: str, model, arguments: argparse.Namespace):

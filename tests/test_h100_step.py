@@ -161,6 +161,33 @@ def test_as_many_layers_as_fit(monkeypatch) -> None:
         fitted(1e9)
 
 
+def test_who_writes_scores_that_cannot_fit_is_left_out(monkeypatch, capsys) -> None:
+    import h100_step
+
+    def left_out(name: str, memory: float, size: int, length: int) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+        return h100_step.left_out(load_model(name), SimpleNamespace(micro_batch_size=size, sequence_length=length))
+
+    assert left_out("jetmoe_8b", 1.0, 4, 4096) == []  # nothing is known of a CPU's
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    both = ["huggingface-eager", "megatron-local"]
+    # 4 x 32 heads x 4096 x 4096: 25.8 GB
+    assert left_out("jetmoe_8b", 85e9, 4, 4096) == left_out("jetmoe_8b", 150e9, 4, 4096) == both
+    assert left_out("jetmoe_8b", 180e9, 4, 4096) == left_out("jetmoe_8b", 85e9, 1, 4096) == []
+    assert left_out("mixtral_8x7b", 85e9, 4, 4096) == both and left_out("mixtral_8x7b", 85e9, 4, 2048) == []
+
+    def child(name: str, more: list[str], limit: float) -> dict:
+        return {"layers": 1, "left_out": both} if name == "machine" else {"error": "x"}
+
+    monkeypatch.setattr(h100_step, "in_child", child)
+    monkeypatch.setattr(sys, "argv", ["h100_step.py"])
+    h100_step.main()
+    said = capsys.readouterr()
+    entries = json.loads(said.out)["contestants"]
+    assert set(entries) == set(h100_step.CONTESTANTS) - set(both)
+    assert said.err.startswith("left out: huggingface-eager, megatron-local (")
+
+
 def test_rounds_are_put_together() -> None:
     import h100_step
 
@@ -187,7 +214,7 @@ def test_what_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch) -> None:
 
     def child(name: str, more: list[str], limit: float) -> dict:
         if name == "machine":
-            return {"benchmark": "h100_step", "layers": 3}
+            return {"benchmark": "h100_step", "layers": 3, "left_out": []}
         left.append(json.loads(file.read_text())["contestants"])
         if name == "ours-te":
             return {"error": "EngineError: x"}
@@ -238,7 +265,11 @@ def test_the_script_goes_on_after_one_that_fails(tmp_path) -> None:
     answer = json.loads(done.stdout)
     failed, ours = answer["contestants"]["ours-fp8-blockwise"], answer["contestants"]["ours"]
     assert set(failed) == {"error"} and "needs a GPU" in failed["error"] and failed["error"] in done.stderr
-    assert answer["layers"] == 1 and answer["ratios"] == {"ours": {"learned": 1.0, "balanced": 1.0}}
+    assert (
+        answer["layers"] == 1
+        and answer["left_out"] == []
+        and answer["ratios"] == {"ours": {"learned": 1.0, "balanced": 1.0}}
+    )
     tokens = 4 * 64
     assert ours["balanced"]["tokens_per_second"] == pytest.approx(tokens / ours["balanced"]["step_seconds"])
     assert {"experts", "attention", "idle"} <= set(ours["balanced"]["milliseconds"]) and ours["balanced"]["host_waits"]
