@@ -12,7 +12,7 @@ from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.plan.hardware import Hardware, load_hardware
 from moe_train.plan.quantities import part, positive, table
-from moe_train.units import format_time
+from moe_train.units import Duration, format_time
 
 MEASURED_STEPS = 200
 """The last steps of a metrics.jsonl whose median throughput counts as measured."""
@@ -103,11 +103,11 @@ def measured_rate(path: str) -> float:
 
 def estimate(config: RunConfig, hardware: Hardware, gpus: int, rate: float, price: float) -> dict[str, Any]:
     """Everything in plain units: hours, days, currency of `price`, kWh, bytes, tokens."""
-    tokens = config.total_tokens
-    if config.training.max_steps is not None:
-        tokens = min(tokens, config.training.max_steps * config.tokens_per_step)
+    length = config.mixture.sequence_length
+    steps, samples = config.training.end(config.mixture.num_samples, length)
+    tokens = samples * length
     hours = tokens / (rate * gpus) / 3600
-    flops = config.model.flops_per_token(config.mixture.sequence_length)
+    flops = config.model.flops_per_token(length)
     phases, seen = [], 0
     for phase in config.mixture.phases:
         if seen < tokens:
@@ -126,21 +126,24 @@ def estimate(config: RunConfig, hardware: Hardware, gpus: int, rate: float, pric
         "cost": hours * gpus * price,
         "kwh": hours * gpus * hardware.watts.value / 1000,
         "phases": phases,
-        "checkpoints": _disk(config, tokens),
+        "checkpoints": _disk(config, steps, tokens),
     }
 
 
-def _disk(config: RunConfig, tokens: int) -> dict[str, int]:
+def _disk(config: RunConfig, steps: int, tokens: int) -> dict[str, int]:
     """How many checkpoints stay at the end of the run, and their bytes: weights, main copy and two
     moments."""
     per_element = 12 if config.training.precision == "fp32" else 14
     size = config.model.num_parameters() * per_element
     checkpoint = config.checkpoint
-    every = checkpoint.interval.in_tokens(config.tokens_per_step)
-    written = max(1, -(-tokens // max(1, every)))
-    kept = written if checkpoint.keep_last is None else min(written, checkpoint.keep_last)
+
+    def ran(unit: Duration) -> int:
+        return tokens if unit.steps is None else steps
+
+    written = max(1, -(-ran(checkpoint.interval) // checkpoint.interval.amount))
+    kept = min(written, checkpoint.keep_last)
     if checkpoint.keep_every is not None:
-        kept += tokens // max(1, checkpoint.keep_every.in_tokens(config.tokens_per_step))
+        kept += ran(checkpoint.keep_every) // checkpoint.keep_every.amount
     kept = min(kept, written)
     return {"bytes_each": size, "written": written, "kept": kept, "bytes_kept": kept * size}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -92,6 +93,19 @@ class TrainingConfig(Section):
         """Sequences of the next optimizer step, after `tokens_seen` tokens."""
         warmup = self.batch_size_warmup
         return self.global_batch_size if warmup is None else warmup.batch_size(tokens_seen, self.global_batch_size)
+
+    def end(self, num_samples: int, sequence_length: int, step: int = 0, samples: int = 0) -> tuple[int, int]:
+        """(step, samples) at which a run is complete that stands at `step` and `samples` of a mixture of `num_samples`:
+        no whole batch is left, or `max_steps` is reached."""
+        limit = math.inf if self.max_steps is None else self.max_steps
+        while step < limit:
+            size, count = self.batch_size(samples * sequence_length), 1
+            if size == self.global_batch_size:  # and so are all later ones
+                count = max(1, min((num_samples - samples) // size, limit - step))
+            if samples + count * size > num_samples:
+                break
+            step, samples = step + count, samples + count * size
+        return step, samples
 
 
 def _nearest_start(start: int, micro: int, whole: int) -> int:

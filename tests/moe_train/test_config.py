@@ -11,6 +11,7 @@ import yaml
 from moe_train.config import RunConfig, load_run
 from moe_train.config_file import all_presets, find_config, parse_override, preset_names
 from moe_train.errors import UserError
+from moe_train.training.config import BatchSizeWarmup, TrainingConfig
 from moe_train.units import Duration
 from parallel.errors import LayoutError
 
@@ -309,6 +310,22 @@ def test_batch_size_warmup_grows_in_multiples_of_its_start(folder: Path) -> None
     sizes = [training.batch_size(tokens) for tokens in range(0, 1500, 10)]
     assert sizes[0] == 4 and sizes[-1] == 16 and set(sizes) == {4, 8, 12, 16} and sizes == sorted(sizes)
     assert training.batch_size(999) == 12 and training.batch_size(1000) == 16
+
+
+@pytest.mark.parametrize("limit", [None, 1, 6, 7, 40])
+@pytest.mark.parametrize("warmup", [None, BatchSizeWarmup(start=2, tokens=400), BatchSizeWarmup(start=2, tokens=10**6)])
+@pytest.mark.parametrize("num_samples", [0, 1, 9, 160, 163])
+def test_where_a_run_ends_is_where_its_steps_lead(limit, warmup, num_samples) -> None:
+    training = TrainingConfig(micro_batch_size=2, global_batch_size=8, batch_size_warmup=warmup, max_steps=limit)
+    way = [(0, 0)]
+    while (step := way[-1][0]) != limit:
+        samples = way[-1][1] + training.batch_size(way[-1][1] * 16)
+        if samples > num_samples:
+            break
+        way.append((step + 1, samples))
+    for step, samples in way:
+        assert training.end(num_samples, 16, step, samples) == way[-1]
+    assert training.end(num_samples, 16) == way[-1]
 
 
 def test_the_config_of_an_earlier_start_loads_without_its_mixture(folder: Path) -> None:
