@@ -1,7 +1,7 @@
 """One training step of a slice of JetMoE-8B on one GPU: full width, all experts, as many layers as fit with their
 optimizer.
 
-    python benchmarks/h100_step.py --out profiles                        all that fit; a step is 4 micro-batches of 4 x 4096
+    python benchmarks/h100_step.py --out profiles                        all that fit, 4 micro-batches of 4 x 4096
     python benchmarks/h100_step.py --only ours,ours-fp8-blockwise,megatron-te --rounds 3
     python benchmarks/h100_step.py --quick                               2 steps of each, without the profiler
     python benchmarks/h100_step.py --model bench_60m --layers 1 --sequence-length 128 --steps 1     tries it on a CPU
