@@ -55,9 +55,12 @@ class Supervisor:
         self.config, self.folder, self.journal = config, RunFolder(config.output_dir), Journal(config.output_dir)
         self.where = socket.gethostname()
         """The hosts of the present start, for `launch status`."""
+        self._asked: list[int] = []
+        self._running: Start | None = None
 
     def run(self, start: Callable[[int], Start]) -> int:
-        """Call `start(restart)` until the run is over; the exit status of the run.
+        """Call `start(restart)` until the run is over; the exit status of the run. After a signal nothing is started
+        again.
 
         Raises:
             PolicyStop: more than `max_restarts` failures without a new checkpoint.
@@ -69,6 +72,10 @@ class Supervisor:
                 f"{self.folder.path}"
             )
         self._submit()
+        with _signals(self._hand_on):
+            return self._starts(start)
+
+    def _starts(self, start: Callable[[int], Start]) -> int:
         restart, failures, stuck_at = 0, 0, -1
         while True:
             since, saved = now(), self.saved_step()
@@ -79,6 +86,8 @@ class Supervisor:
             if cancelled:
                 code, reason = 3, "cancelled"
             final = code in _FINAL
+            if self._asked and not final:  # it was killed before it could catch the signal, or failed while it saved
+                code, reason, final = 3, f"signal {signal.Signals(self._asked[0]).name}; {reason}", True
             failures = failures + 1 if saved == stuck_at else 1
             stuck_at = saved
             if final:
@@ -99,30 +108,29 @@ class Supervisor:
             return 0
 
     def _once(self, start: Callable[[int], Start], restart: int, saved: int) -> int:
-        """One start, to its end; signals are handed on to it."""
-        early: list[int] = []
-        running: Start | None = None
+        """One start, to its end."""
+        self.journal.note("start", restart=restart, saved=saved, nodes=self.where)
+        try:
+            running = self._running = start(restart)
+        except HardwareError as error:  # no node is fit, or none can be reached
+            self.folder.settle(error.exit_code, str(error), now())
+            return error.exit_code
+        for number in self._asked:  # before there was anybody to hand them on to
+            running.stop(number)
+        stall = Stall(self.folder.metrics_path, self.config.faults.step_timeout / 2)
+        while (status := running.poll()) is None:
+            if self.journal.cancel_path.exists():
+                self.folder.stop_path.touch()
+            if said := stall.look():
+                self._tell(said)
+            time.sleep(_POLL_SECONDS)
+        self._running = None
+        return status
 
-        def hand_on(number: int, _frame: Any) -> None:
-            early.append(number) if running is None else running.stop(number)
-
-        with _signals(hand_on):
-            self.journal.note("start", restart=restart, saved=saved, nodes=self.where)
-            try:
-                running = start(restart)
-            except HardwareError as error:  # no node is fit, or none can be reached
-                self.folder.settle(error.exit_code, str(error), now())
-                return error.exit_code
-            for number in early:
-                running.stop(number)
-            stall = Stall(self.folder.metrics_path, self.config.faults.step_timeout / 2)
-            while (status := running.poll()) is None:
-                if self.journal.cancel_path.exists():
-                    self.folder.stop_path.touch()
-                if said := stall.look():
-                    self._tell(said)
-                time.sleep(_POLL_SECONDS)
-            return status
+    def _hand_on(self, number: int, _frame: Any) -> None:
+        self._asked.append(number)
+        if self._running is not None:
+            self._running.stop(number)
 
     def _submit(self) -> None:
         """Note that this process has the run from now on."""

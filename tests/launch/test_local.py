@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from launch.hosts import read_hostfile
-from launch.supervise import Stall
+from launch.local import Local
+from launch.supervise import Stall, Supervisor
 from moe_train.cli import main
+from moe_train.config import load_run
 from moe_train.errors import UserError
 from tests.launch import runs
 
@@ -114,6 +117,25 @@ def test_cancel_saves_first_and_a_second_launcher_is_refused(tmp_path: Path, cap
         "job": None,
     }
     assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == step
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_to_a_start_that_cannot_catch_it_yet_ends_the_run(tmp_path: Path, name: str, early: bool) -> None:
+    supervisor = Supervisor(load_run(runs.write_run(tmp_path, {"preflight": None})), 3, "local")
+    restarts = []
+
+    def begin(restart: int) -> Local:
+        restarts.append(restart)
+        if early:
+            os.kill(os.getpid(), signal.Signals[name])
+        else:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.Signals[name])).start()
+        return Local(["sleep", str(60 if restart == 0 else 0)])  # with no handlers, as one that still imports
+
+    assert supervisor.run(begin) == 3 and restarts == [0]
+    over = json.loads((tmp_path / "run/launch/over.json").read_text())
+    assert over["code"] == 3 and over["reason"].startswith(f"signal {name}; ")
 
 
 def test_a_stall_and_a_recovery_are_told_once(tmp_path: Path) -> None:
