@@ -14,6 +14,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from moe_train.errors import UserError
 from moe_train.training.fence import born
 from moe_train.training.run_folder import append_line, now, read_lines, write_atomically
 
@@ -47,11 +48,17 @@ class Journal:
         return read_lines(self.folder / "starts.jsonl")
 
     def over(self) -> dict[str, Any] | None:
-        """{code, reason, job} once no job is to start the run again."""
+        """{code, reason, job} once no job is to start the run again. Raises UserError: the file is no such record."""
+        path = self.folder / "over.json"
         try:
-            return json.loads((self.folder / "over.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            over = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
             return None
+        except ValueError:
+            over = None
+        if not isinstance(over, dict) or not {"code", "reason"} <= over.keys():
+            raise UserError(f"{path} does not say why the run is over; remove it, and a job can start the run again")
+        return over
 
     def finish(self, code: int, reason: str) -> None:
         """Note that no job is to start the run again."""

@@ -8,7 +8,7 @@ from statistics import median
 from launch.cluster import ClusterConfig
 from moe_train.config import RunConfig
 from moe_train.errors import UserError
-from moe_train.training.run_folder import read_metrics
+from moe_train.training.run_folder import RunFolder, last_steps
 from moe_train.units import format_time
 
 BYTES_PER_PARAMETER = 16
@@ -27,7 +27,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 def step_seconds(config: RunConfig, gpus: int) -> float:
     """What a step takes: measured by an earlier start in the run's folder, else estimated."""
-    measured = [line["step_seconds"] for line in read_metrics(config.output_dir)[-100:] if line.get("step_seconds")]
+    last = last_steps(RunFolder(config.output_dir).metrics_path, 100)
+    measured = [line["step_seconds"] for line in last if line.get("step_seconds")]
     if measured:
         return median(measured)
     if not gpus:

@@ -138,7 +138,7 @@ class RunFolder:
         start."""
         try:
             outcome = json.loads(self.outcome_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
         return outcome if isinstance(outcome, dict) else {}
 
@@ -280,12 +280,20 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that may be in the middle of being written; none if it is not there."""
+    """The objects of a .jsonl file that may be in the middle of being written; none if it is not there. What is no
+    record, as half a line that a full disk left, is passed over."""
     try:
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for line in lines[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records += [record] if isinstance(record, dict) else []
+    return records
 
 
 def last_steps(path: Path, count: int) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ def start(tmp_path: Path):
         failures: int = 0,
         cancel: bool = False,
         warned: bool = False,
+        torn: bool = False,
         **variables: str,
     ) -> Ended:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -98,6 +99,10 @@ def start(tmp_path: Path):
         (job.notes / "jobs.jsonl").write_text(
             '{"time": "t", "job": "7", "nodes": 2}\n{"time": "t", "job": "9", "nodes": 2}\n'
         )
+        if torn:  # by a full disk
+            for name in ("starts.jsonl", "jobs.jsonl"):
+                with open(job.notes / name, "a") as file:
+                    file.write('{"time": "t", "jo')
         (job.notes / "failures").write_text("0\n" * failures)
         (job.notes / "ranks").touch()
         script = render(job)
@@ -164,6 +169,13 @@ def test_unfit_nodes_are_left_out_with_those_that_were_before(start) -> None:
     assert ended.asked == [*updates, f"sbatch --parsable --exclude=node9,node2 {ended.notes}/job.sbatch"], ended.said
     assert Journal(ended.notes.parent).job_ids() == ["7", "9", "8"]
     assert ended.end["next"] == "job 8 without them" and ended.over is None
+
+
+def test_half_a_line_in_the_notes_costs_no_other(start) -> None:
+    ended = start(GOOD="", BAD="node2", ANSWER="8", torn=True)
+    journal = Journal(ended.notes.parent)
+    assert journal.job_ids() == ["7", "9", "8"] and journal.jobs()[-1]["nodes"] == 2
+    assert [each["kind"] for each in journal.starts()] == ["start", "end"]
 
 
 def test_where_there_are_no_other_nodes_the_run_is_over(start) -> None:

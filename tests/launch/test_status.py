@@ -114,6 +114,26 @@ def test_logs_of_a_run_that_no_job_started(folder: Path, capsys, tmp_path: Path)
     assert "has no log yet; see moe-train launch status" in capsys.readouterr().err
 
 
+def test_half_a_line_is_passed_over(folder: Path, capsys) -> None:
+    for name in ("launch/jobs.jsonl", "launch/starts.jsonl", "metrics.jsonl"):
+        whole = (folder / name).read_text()
+        (folder / name).write_text('{"kind": "sta\n7\n' + whole)
+    assert collect(str(folder))["job"] == "7" and collect(str(folder))["step"] == 10
+    for verb in ("status", "logs", "cancel"):
+        assert main(["launch", verb, str(folder)]) == 0, capsys.readouterr().err
+
+
+def test_what_is_no_folder_of_a_run_is_told_in_one_line(folder: Path, capsys) -> None:
+    for verb in ("status", "logs", "cancel"):
+        assert main(["launch", verb, str(folder / "config.yaml")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    for text in ('{"code": 3}', '{"code"', "[]"):
+        (folder / "launch" / "over.json").write_text(text)
+        assert main(["launch", "status", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert "over.json does not say why the run is over" in said and said.count("\n") == 1
+
+
 def test_nothing_to_cancel(folder: Path, tmp_path: Path, capsys) -> None:
     assert main(["launch", "cancel", str(folder)]) == 0
     assert "no job of" in capsys.readouterr().out and not (folder / "stop").exists()
