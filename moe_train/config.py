@@ -143,6 +143,7 @@ def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, wit
         _check_lengths(config, document)
         _check_fp8(config, document)
         _check_flex(config, document)
+        _check_overlap(config, document)
     return config
 
 
@@ -207,3 +208,18 @@ def _check_flex(config: RunConfig, document: Document) -> None:
         reason = "flex sends rows of a multiple of 8 numbers, not of hidden_size or of attention.head_dim x its heads"
     if reason:
         raise document.error(("parallel", "dispatcher"), reason)
+
+
+def _check_overlap(config: RunConfig, document: Document) -> None:
+    """Whether micro-batches can take turns: while rows travel, in the middle of a layer."""
+    if config.parallel.in_turn == 1:
+        return
+    reason = None
+    if config.parallel.dispatcher != "alltoall":
+        reason = f"hides the exchange of alltoall, not of {config.parallel.dispatcher}; take alltoall"
+    elif config.training.precision == "fp8":
+        reason = "cannot be used with fp8, whose weights would be rounded anew for every micro-batch; set bf16"
+    elif config.training.recompute == "full":
+        reason = "cannot be used with training.recompute: full, which takes a layer as one; take selective"
+    if reason:
+        raise document.error(("parallel", "overlap_dispatch"), reason)

@@ -36,6 +36,14 @@ class ParallelConfig(BaseModel):
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """With expert parallelism: each rank gets the rows of its experts alone, or those of all ranks and keeps its own,
     or those of its experts by DeepEP's kernels."""
+    overlap_dispatch: bool = False
+    """With expert parallelism and `alltoall`: micro-batches go through the model two at a time, and one computes while
+    the other's rows are on their way. Takes the memory of both."""
+
+    @property
+    def in_turn(self) -> int:
+        """Micro-batches that go through the model together."""
+        return 2 if self.overlap_dispatch and self.expert > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,17 @@ class _Problem:
     micro_batch_size: int
     global_batch_size: int
     replicated: bool
+    overlap: bool
 
     @property
     def data(self) -> int:
         return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def multiple(self) -> int:
+        """What the number of a data rank's micro-batches is a multiple of."""
+        in_turn = 2 if self.overlap and self.expert > 1 else 1
+        return in_turn * (self.pipeline if self.virtual > 1 else 1)
 
     def violation(self) -> tuple[str, str] | None:
         """The first rule that does not hold: (what to change, the reason)."""
@@ -153,11 +168,15 @@ class _Problem:
                 f"training.global_batch_size {self.global_batch_size} is not a multiple of {product}",
             )
         per_rank = self.global_batch_size // sequences
-        if self.virtual > 1 and per_rank % self.pipeline:
+        if per_rank % self.multiple:
+            need = f"the interleaved schedule needs a multiple of parallel.pipeline {self.pipeline}"
+            if self.virtual == 1:
+                need = "parallel.overlap_dispatch takes them two at a time"
+            elif self.multiple > self.pipeline:
+                need += ", twice that with parallel.overlap_dispatch"
             return "batch", (
                 f"training.global_batch_size {self.global_batch_size} gives each data rank {per_rank}"
-                f" micro-batch(es), and the interleaved schedule needs a multiple of"
-                f" parallel.pipeline {self.pipeline}"
+                f" micro-batch(es), and {need}"
             )
         return None
 
@@ -198,6 +217,7 @@ def resolve_layout(
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         replicated=parallel.attention_experts == "replicated",
+        overlap=parallel.overlap_dispatch,
     )
     violation = problem.violation()
     if violation is not None:
@@ -253,7 +273,7 @@ def _single_changes(problem: _Problem, what: str) -> Iterator[_Problem]:
         ):
             yield replace(problem, world=world)
     elif what == "batch":
-        unit = problem.micro_batch_size * problem.data * (problem.pipeline if problem.virtual > 1 else 1)
+        unit = problem.micro_batch_size * problem.data * problem.multiple
         below = problem.global_batch_size // unit * unit
         for batch in sorted((below, below + unit), key=lambda size: abs(size - problem.global_batch_size)):
             if batch:

@@ -81,7 +81,7 @@ class Meter(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, lambda held: held.tensor if isinstance(held, _Held) else held)
 
 
-def activation_bytes(layout: dict, model: dict, recompute: str, length: int) -> int:
+def activation_bytes(layout: dict, model: dict, recompute: str, length: int, in_turn: int = 1) -> int:
     """The peak of what is kept for backward during one step of two micro-batches of two sequences a data
     rank."""
     from moe_train.training.step import Stepper
@@ -89,7 +89,7 @@ def activation_bytes(layout: dict, model: dict, recompute: str, length: int) -> 
     config = wide_model(**model)
     shape = make_layout(int(os.environ["WORLD_SIZE"]), **layout)
     _, stepper, optimizer, _, topology = build(shape, config, recompute=recompute)
-    stepper = Stepper(stepper.chunks, topology, length, 2)
+    stepper = Stepper(stepper.chunks, topology, length, 2, in_turn)
     weights = {
         buffer.param_data.untyped_storage().data_ptr()
         for chunk in stepper.chunks

@@ -69,6 +69,7 @@ def build(
         kernels=kernels,
         fp8_recipe=fp8_recipe,
         dispatcher=dispatcher,
+        in_turn=in_turn,
     )
     chunks = build_model(model, topology, options)
     if row_multiple is not None:
@@ -278,6 +279,40 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
             optimizer.update(1e-3, optimizer.gradient_norm())
     there = re.compile(r"tolist in parallel/(dispatch/\w+.py:(?!counts$)|cpu_backend.py:_splits_as_list)")
     return [wait for wait in waits if not there.match(wait)]
+
+
+def travels_of_a_step(layout: dict, in_turn: int) -> list[int]:
+    """How many matrix products and attentions were computed while the rows of each exchange travelled, forward and
+    backward, in a step of two micro-batches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from parallel.dispatch import travel
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += bool(re.match(r"aten\.(mm|addmm|_scaled_dot_product)", str(function)))
+            return function(*args, **(kwargs or {}))
+
+    config = small_model()
+    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, in_turn=in_turn)
+    built[1].micro_batch_size = 1
+    products, travelled = Products(), []
+    begin, end = travel._Trip.begin, travel._Trip.end
+
+    def beginning(trip, *args, **kwargs) -> None:
+        begin(trip, *args, **kwargs)
+        trip.products = products.count
+
+    def ending(trip) -> torch.Tensor:
+        travelled.append(products.count - trip.products)
+        return end(trip)
+
+    sequences = 2 * built[-1].layout.data
+    with mock.patch.object(travel._Trip, "begin", beginning), mock.patch.object(travel._Trip, "end", ending), products:
+        run_steps(built, range(1), config.vocab_size, micro_batch=1, global_batch=sequences)
+    return travelled
 
 
 def train_by_deep_ep(layout: dict, **options) -> list[dict]:

@@ -4,7 +4,10 @@ no torch.
 A copy is made of committed checkpoints, in a thread of rank 0, while training goes on. Its hash of the
 manifest is written last, after every file was read back and compared: an object store has no rename, so that
 is what makes a copy whole. When the run's own disk is gone, the newest whole copy is fetched. The lines of
-metrics.jsonl up to then come along."""
+metrics.jsonl up to then come along.
+
+Runs whose folders have the same name would share a place. The first copy leaves the path of its run there, and
+a run of another path is refused."""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from moe_train.checkpoint.manifest import MANIFEST, MANIFEST_HASH, check_files, 
 from moe_train.errors import DamagedError, UserError
 
 METRICS = "metrics.jsonl"
+RUN = "run_folder.txt"
+"""Beside the copies: the absolute path of the folder of the run that they are of."""
 _BLOCK = 1 << 23
 
 
@@ -32,15 +37,16 @@ class Mirror:
         url: a folder, or what fsspec takes (``s3://bucket/run``; its package for that store must be
             installed).
         keep_last: copies that stay there.
+        run: the folder of the run whose copies they are.
 
     Raises:
         UserError: no such kind of store is known, or its package is missing.
     """
 
-    def __init__(self, url: str, keep_last: int):
+    def __init__(self, url: str, keep_last: int, run: Path):
         import fsspec
 
-        self.url, self.keep_last = url, keep_last
+        self.url, self.keep_last, self._run = url, keep_last, run.resolve()
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
@@ -55,13 +61,37 @@ class Mirror:
         names = {posixpath.basename(path.rstrip("/")) for path in found}
         return sorted((name for name in names if is_checkpoint_name(name)), key=lambda name: step_of(Path(name)))
 
+    def check(self) -> bool:
+        """Whether the place is known to be this run's; False where no run has left its path there yet.
+
+        Raises:
+            UserError: it is another run's.
+            OSError, or what the store raises: it cannot be reached.
+        """
+        self._files.invalidate_cache()
+        try:
+            recorded = self._files.cat_file(posixpath.join(self._root, RUN)).decode("utf-8", "replace").strip()
+        except FileNotFoundError:
+            return False
+        if recorded and recorded != str(self._run):
+            raise UserError(
+                f"checkpoint.copy_to: {self.url} has the copies of the run in {recorded}, not of {self._run}: give this"
+                f" run a folder of another name or another copy_to, remove {self.url} if nobody needs it, or only"
+                f" {posixpath.join(self.url, RUN)} if it is the same run, moved"
+            )
+        return bool(recorded)
+
     def push(self, path: Path) -> None:
         """Copy a committed checkpoint, read every file back, and only then make it a whole one.
 
         Raises:
             DamagedError: what is read back is not what was written.
+            UserError: the place is another run's; nothing there was touched.
             OSError: it cannot be written.
         """
+        if not self.check():
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(posixpath.join(self._root, RUN), f"{self._run}\n".encode())
         there, entries = self._at(path.name), read_manifest(path)
         if self._files.exists(there):  # half a copy of an earlier start, or one of a part that was computed again
             self._files.rm(there, recursive=True)
@@ -76,11 +106,14 @@ class Mirror:
             self._files.put_file(str(metrics), posixpath.join(there, METRICS))
         self._files.put_file(str(path / MANIFEST_HASH), posixpath.join(there, MANIFEST_HASH))
 
-    def prune(self) -> None:
-        """Remove all but the newest ``keep_last`` whole copies, and older ones that are not whole."""
-        whole = [name for name in self.copies() if self._is_whole(name)]
-        for name in self.copies():
-            if whole and name not in whole[-self.keep_last :] and step_of(Path(name)) < step_of(Path(whole[-1])):
+    def prune(self, newest: str) -> None:
+        """Remove all but ``newest``, which was just copied, and the whole ones before it, ``keep_last`` in all.
+
+        Copies of later steps go too: the run went back, and the part that it gave up must not be fetched."""
+        names = self.copies()
+        until = [name for name in names if step_of(Path(name)) <= step_of(Path(newest)) and self._is_whole(name)]
+        for name in names:
+            if name not in until[-self.keep_last :]:
                 self._files.rm(self._at(name), recursive=True)
 
     def fetch(self, folder: Path) -> Path | None:
@@ -89,7 +122,9 @@ class Mirror:
 
         Raises:
             DamagedError: there are copies, but none is whole.
+            UserError: they are another run's.
         """
+        self.check()
         faults = []
         for name in reversed(self.copies()):
             if not self._is_whole(name):
@@ -142,10 +177,21 @@ class Mirror:
 
 def open_mirror(config: CheckpointConfig, run: Path) -> Mirror | None:
     """The second place of the run in the folder ``run``: below ``copy_to``, under its name; None where there
-    is none."""
+    is none.
+
+    Raises:
+        UserError: it cannot be used, or is another run's.
+    """
     if config.copy_to is None:
         return None
-    return Mirror(posixpath.join(config.copy_to, run.resolve().name), config.copy_keep_last)
+    mirror = Mirror(posixpath.join(config.copy_to, run.resolve().name), config.copy_keep_last, run)
+    try:
+        mirror.check()
+    except UserError:
+        raise
+    except Exception:
+        pass  # no answer (each store has its own errors): whoever fetches or copies asks again and says so
+    return mirror
 
 
 class Mirroring:
@@ -192,7 +238,7 @@ class Mirroring:
             path = self._current
             try:
                 self._mirror.push(path)
-                self._mirror.prune()
+                self._mirror.prune(path.name)
                 self._report(path, None)
             except Exception as error:  # the run goes on with what it has on its own disk
                 self._report(path, str(error) or type(error).__name__)

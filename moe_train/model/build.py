@@ -45,6 +45,9 @@ def engine_config(config: ModelConfig, topology: Topology, options: ModelOptions
         perform_initialization=False,
         init_model_with_meta_device=topology.device.type == "meta",
         gradient_accumulation_fusion=options.kernels == "transformer_engine",
+        # Else the gradient of a step's first micro-batch is not added to the buffer but takes the place of what is
+        # there: of those that take turns, the backward of the last comes first.
+        disable_parameter_transpose_cache=options.in_turn > 1,
         fp8="hybrid" if recipe else None,
         fp8_recipe=recipe or "delayed",
         fp8_amax_history_len=1024,

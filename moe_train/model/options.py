@@ -16,8 +16,8 @@ class ModelOptions:
     too. ``initialize``: whether to draw initial weights; they are left as memory happens to be where a checkpoint is to
     follow. ``document_end``: the token that ends a document, where attention and positions are to restart after it;
     None: a window is one sequence. ``dispatcher``: how tokens get to the experts of other ranks, ``alltoall``,
-    ``allgather`` or ``flex``. ``kernels``: ``torch`` or ``transformer_engine`` (:mod:`moe_train.model.kernels`);
-    ``fp8_recipe``: how the latter multiplies in FP8, or None.
+    ``allgather`` or ``flex``. ``in_turn``: how many micro-batches go through the model together. ``kernels``: ``torch``
+    or ``transformer_engine`` (:mod:`moe_train.model.kernels`). ``fp8_recipe``: how that multiplies in FP8, or None.
     """
 
     dtype: torch.dtype = torch.float32
@@ -27,5 +27,6 @@ class ModelOptions:
     initialize: bool = True
     document_end: int | None = None
     dispatcher: str = "alltoall"
+    in_turn: int = 1
     kernels: str = "torch"
     fp8_recipe: str | None = None

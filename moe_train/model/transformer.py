@@ -52,9 +52,9 @@ class Transformer(MegatronModule):
     Called with token ids ``[B, S]``, it returns: on the last stage the mean loss and each token's, given labels, else
     fp32 logits ``[B, S, V]`` (``last_only``: ``[B, 1, V]``, those after the last token); on an earlier stage hidden
     states ``[S / TP, B, H]`` for the next. With several ``micro_batches`` the sequences are those of as many, which the
-    layers take in turn: one computes while the other's rows travel. Stages after the first take their input through :meth:`set_input_tensor`, as
-    megatron-core's schedules hand it over, but still need the ids for their shape. Any S will do: under sequence
-    parallelism it is padded to a multiple of the tensor ranks inside.
+    layers take in turn: one computes while the other's rows travel. Stages after the first take their input through
+    :meth:`set_input_tensor`, as megatron-core's schedules hand it over, but still need the ids for their shape. Any S
+    will do: under sequence parallelism it is padded to a multiple of the tensor ranks inside.
     """
 
     def __init__(self, config: ModelConfig, engine, topology: Topology, options: ModelOptions, virtual_stage: int = 0):

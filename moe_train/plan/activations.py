@@ -17,7 +17,8 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 @dataclass(frozen=True)
 class Workload:
-    """One micro-batch on one rank, in the terms of this module's formulas."""
+    """What goes through a rank at a time, in the terms of this module's formulas: a micro-batch, or the ``in_turn``
+    that take turns (`parallel.overlap_dispatch`), which count as one here."""
 
     model: ModelConfig
     layout: Layout
@@ -27,11 +28,17 @@ class Workload:
     """Bytes of an activation's element (2 for bf16, 4 for fp32)."""
     sharded_attention: bool = True
     dispatcher: str = "alltoall"
+    in_turn: int = 1
 
     @property
     def whole(self) -> int:
         """Tokens of the micro-batch, sequences padded to a multiple of the tensor ranks."""
-        return -(-self.sequence_length // self.layout.tensor) * self.layout.tensor * self.micro_batch_size
+        padded = -(-self.sequence_length // self.layout.tensor) * self.layout.tensor
+        return padded * self.micro_batch_size * self.in_turn
+
+    def count(self, global_batch_size: int) -> int:
+        """How many there are in a step, for one data rank."""
+        return global_batch_size // (self.micro_batch_size * self.in_turn * self.layout.data)
 
     @property
     def tokens(self) -> int:

@@ -201,7 +201,7 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: Mea
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
     work = workload(config, shape)
-    count = training.global_batch_size // (training.micro_batch_size * shape.data)
+    count = work.count(training.global_batch_size)
     largest = [0, 0]
     first = None
     for stage in sorted({0, shape.pipeline - 1}):

@@ -52,7 +52,7 @@ def state_bytes(
 
 
 def workload(config: RunConfig, layout: Layout) -> Workload:
-    """One micro-batch of the run on one rank of `layout`."""
+    """What goes through one rank of `layout` at a time."""
     training = config.training
     return Workload(
         config.model,
@@ -62,6 +62,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         ELEMENT[training.precision],
         config.parallel.attention_experts == "sharded",
         config.parallel.dispatcher,
+        config.parallel.in_turn,
     )
 
 
@@ -75,7 +76,7 @@ def rank_bytes(config: RunConfig, layout: Layout, place: Place, *, overlap: bool
     training = config.training
     sharded = config.parallel.attention_experts == "sharded"
     work = workload(config, layout)
-    count = training.global_batch_size // (training.micro_batch_size * layout.data)
+    count = work.count(training.global_batch_size)
     result = state_bytes(config.model, layout, place, training.precision, sharded_attention=sharded, overlap=overlap)
     kept = [stage_bytes(work, place.stage, count, training.recompute, worst) for worst in (False, True)]
     sent = [dispatch_bytes(work, worst) for worst in (False, True)]

@@ -3,9 +3,9 @@
     step = (micro-batches + bubble) * (compute + exchanges of one micro-batch) + reduction + gather + update
 
 Compute is operations over ``peak * compute_efficiency``: that efficiency is the one number that
-`--calibrate` fits. Or it is what a measured step of one GPU says. Exchanges inside of layers (tensor, expert) wait; the
-reduction of gradients hides behind the backward pass of the last micro-batch as far as it can; the gather of the
-weights and the update do not. Routing is taken as balanced.
+`--calibrate` fits. Or it is what a measured step of one GPU says. Exchanges inside of layers (tensor, expert) wait:
+what `parallel.overlap_dispatch` hides of them is not counted. The reduction of gradients hides behind the backward pass
+of the last micro-batch as far as it can; the gather of the weights and the update do not. Routing is taken as balanced.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def step_time(
     virtual = layout.virtual_pipeline or 1
     layers = work.model.num_layers // layout.pipeline
     if measured is not None:
-        compute = measured.compute(layers)
+        compute = measured.compute(layers) * work.in_turn
     else:
         speed = hardware.peak_flops * hardware.compute_efficiency.value
         compute = (3 * forward_flops(work, True, layers) + recomputed_flops(work, recompute, layers)) / speed

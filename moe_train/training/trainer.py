@@ -172,6 +172,7 @@ class Trainer:
             sharded_attention=self.config.parallel.attention_experts == "sharded",
             document_end=self.config.document_end,
             dispatcher=self.config.parallel.dispatcher,
+            in_turn=self.config.parallel.in_turn,
             kernels=choose_kernels(training.kernels, recipe),
             fp8_recipe=recipe,
         )
@@ -180,7 +181,8 @@ class Trainer:
         self.coefficients = AdaptiveCoefficients(self.model)
         wrapped = wrap_data_parallel(self.model, overlap=self.topology.device.type == "cuda")
         self.optimizer = Optimizer(wrapped, self.config.optimizer, bf16=dtype == torch.bfloat16)
-        self.stepper = Stepper(wrapped, self.topology, self.config.mixture.sequence_length, training.micro_batch_size)
+        length, in_turn = self.config.mixture.sequence_length, self.config.parallel.in_turn
+        self.stepper = Stepper(wrapped, self.topology, length, training.micro_batch_size, in_turn)
 
     def _load(self, resume: str) -> None:
         self.previous_state: dict = {}

@@ -69,8 +69,6 @@ class RoutingPlan:
 
     def dispatch_tokens(self, x_th: torch.Tensor) -> Steps[torch.Tensor]:
         """``[T, H]`` tokens to ``[rows, H]``: each token to each of its experts, rows sorted by expert."""
-        if self._dispatcher.ep_size > 1:
-            yield  # the counts are on their way
         rows = gather_tokens(x_th, self.order, self.inverse, self.top_k, self._filled, self._left_out)
         return (yield from self._dispatcher.send(rows, self.rows))
 

@@ -1,4 +1,4 @@
-"""The exchange itself: rows leave, others of this rank compute, rows arrive. The backward does the same the other way."""
+"""The exchange itself: rows leave, another computation takes its turn, rows arrive; backward the other way."""
 
 from __future__ import annotations
 

@@ -140,6 +140,41 @@ def test_deep_ep_changes_no_bit_of_the_all_to_all(ranks, world_size, layout, opt
     assert ranks(world_size).run("tests.steps_on_ranks:train_by_deep_ep", layout, steps=4, **options) == expected
 
 
+TAKING_TURNS = [
+    (2, {"expert": 2}, {"overlap": True}),
+    (2, {"expert": 2}, {"recompute": "selective", "row_multiple": 4, "document_end": 7}),
+    (2, {"tensor": 2, "expert": 2}, {"model": {"router": {"capacity_factor": 1.0, "drop_by": "position"}}}),
+    (4, {"pipeline": 2, "expert": 2}, {"sharded_attention": False}),
+    (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}, {}),
+]
+
+
+@pytest.mark.parametrize("world_size, layout, options", TAKING_TURNS)
+def test_micro_batches_that_take_turns_are_the_same_ones(ranks, world_size, layout, options):
+    """Every figure, those of each router included; only the order in which gradients are summed is another."""
+    from moe_train.model.config import RouterConfig
+
+    if "model" in options:
+        options = {**options, "model": {"router": RouterConfig(load_balancing_coef=0.02, **options["model"]["router"])}}
+    options = {"steps": 4, "micro_batch": 1, **options}
+    expected = ranks(world_size).run("tests.steps_on_ranks:train", layout, **options)[0]
+    curve = ranks(world_size).run("tests.steps_on_ranks:train", layout, in_turn=2, **options)[0]
+    assert_same_curve(curve, expected, f"{layout} {options}")
+    assert flips(curve, expected) == 0
+    assert curve[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert curve[0]["norm"] == pytest.approx(expected[0]["norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "expert": 2}])
+def test_one_computes_while_the_rows_of_the_other_travel(ranks, layout):
+    """In both directions, but for the last exchange of the forward and the first of the backward: nobody is left."""
+    per_step = 2 * 4 * 6 * 2  # micro-batches, layers, exchanges of a layer, directions
+    for products in ranks(2).run("tests.steps_on_ranks:travels_of_a_step", layout, in_turn=1):
+        assert products == [0] * per_step
+    for products in ranks(2).run("tests.steps_on_ranks:travels_of_a_step", layout, in_turn=2):
+        assert len(products) == per_step and products.count(0) == 2
+
+
 def test_nor_where_the_rows_of_experts_are_filled_up(ranks, one_rank):
     curve = ranks(2).run("tests.steps_on_ranks:train", {"tensor": 2, "expert": 2}, steps=4, row_multiple=16)[0]
     assert_same_curve(curve, one_rank[:4], "rows in multiples of 16")

@@ -201,6 +201,8 @@ def test_a_run_whose_disk_is_gone_goes_on_from_the_object_store(complete, tmp_pa
     assert status == 0 and "holds no whole checkpoint; iter_0000016 was fetched from s3://" in said, said
     assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
     assert (tmp_path / "run/config.2.yaml").exists()  # the count of starts goes on
+    status, said = run(tmp_path, place, f"output_dir={tmp_path}/elsewhere/run")
+    assert status == 2 and f"has the copies of the run in {tmp_path}/run, not of {tmp_path}/elsewhere/run" in said, said
 
 
 def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(complete, tmp_path):
@@ -300,6 +302,19 @@ def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
     assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
 
 
+def test_micro_batches_may_take_turns(tmp_path):
+    """The losses of a run are the same whether or not one micro-batch computes while the other's rows travel."""
+    write_corpora(tmp_path)
+    losses = []
+    for overlap in ("true", "false"):
+        folder = tmp_path / overlap
+        keys = [f"output_dir={folder}", f"parallel.overlap_dispatch={overlap}", "training.micro_batch_size=1"]
+        status, said = run(tmp_path, *keys, "training.max_steps=4")
+        assert status == 0, said
+        losses.append([line["loss"] for line in metrics(folder)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -319,6 +334,15 @@ def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
             ["parallel.dispatcher=flex", "parallel.expert=2", "training.precision=bf16", "model.hidden_size=36"],
             ["flex sends rows of a multiple of 8 numbers"],
         ),
+        (
+            ["parallel.overlap_dispatch=true", "parallel.dispatcher=allgather", "training.micro_batch_size=1"],
+            ["parallel.overlap_dispatch", "hides the exchange of alltoall, not of allgather"],
+        ),
+        (
+            ["parallel.overlap_dispatch=true", "training.recompute=full", "training.micro_batch_size=1"],
+            ["cannot be used with training.recompute: full"],
+        ),
+        (["parallel.overlap_dispatch=true"], ["1 micro-batch(es)", "takes them two at a time"]),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(tmp_path, change, words):

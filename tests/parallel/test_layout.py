@@ -95,6 +95,20 @@ def test_a_layout_is_frozen_and_describes_itself() -> None:
             "needs parallel.pipeline of 2 or more",
             "parallel.virtual_pipeline: 1",
         ),
+        (
+            2,
+            {"expert": 2, "overlap_dispatch": True},
+            {"global_batch_size": 6, "micro_batch_size": 1},
+            "gives each data rank 3 micro-batch(es), and parallel.overlap_dispatch takes them two at a time",
+            "training.global_batch_size: 4",
+        ),
+        (
+            4,
+            {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "overlap_dispatch": True},
+            {"global_batch_size": 4, "micro_batch_size": 1},
+            "a multiple of parallel.pipeline 2, twice that with parallel.overlap_dispatch",
+            "training.global_batch_size: 8",
+        ),
         (6, {"tensor": 2, "pipeline": 2}, {}, "= 4 does not divide the 6 processes", "4 processes"),
         (4, {"expert": 3}, {}, "parallel.expert 3 does not divide the 8 MLP experts", "parallel.expert: 2"),
         (

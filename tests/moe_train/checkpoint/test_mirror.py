@@ -14,7 +14,7 @@ from moe_train.checkpoint.folder import clean
 from moe_train.checkpoint.inspect import verify
 from moe_train.checkpoint.load import find_checkpoint
 from moe_train.checkpoint.manifest import MANIFEST_HASH
-from moe_train.checkpoint.mirror import Mirror, Mirroring, open_mirror
+from moe_train.checkpoint.mirror import RUN, Mirror, Mirroring, open_mirror
 from moe_train.checkpoint.retention import remove_superseded
 from moe_train.errors import DamagedError, UserError
 from tests.moe_train.checkpoint.conftest import add_checkpoint
@@ -23,11 +23,19 @@ from tests.moe_train.checkpoint.conftest import add_checkpoint
 @pytest.fixture(params=["folder", "s3"])
 def mirror(request, tmp_path) -> Mirror:
     url = str(tmp_path / "second") if request.param == "folder" else request.getfixturevalue("s3") + "/second"
-    return Mirror(url, keep_last=2)
+    return Mirror(url, keep_last=2, run=tmp_path / "run")
 
 
 def files(mirror: Mirror) -> fsspec.AbstractFileSystem:
     return mirror._files
+
+
+def copied(mirror: Mirror, path: Path) -> None:
+    """Copy ``path`` the way a run does."""
+    reports = []
+    mirroring = Mirroring(mirror, lambda path, error: reports.append(error))
+    mirroring.submit(path)
+    assert mirroring.wait(30) and reports == [None]
 
 
 def test_a_copy_comes_back_when_the_disk_is_gone(run, mirror) -> None:
@@ -96,11 +104,56 @@ def test_it_keeps_its_own_few(run, mirror) -> None:
     for step in (100, 200, 300):
         mirror.push(folder / f"iter_0000{step}")
     files(mirror).rm(f"{mirror._root}/iter_0000200/{MANIFEST_HASH}")
-    mirror.prune()
+    mirror.prune("iter_0000300")
     assert mirror.copies() == ["iter_0000100", "iter_0000300"]
     mirror.push(add_checkpoint(folder, 400))
-    mirror.prune()
+    mirror.prune("iter_0000400")
     assert mirror.copies() == ["iter_0000300", "iter_0000400"]
+
+
+def test_a_part_that_was_given_up_does_not_come_back(run, mirror) -> None:
+    folder = run / "checkpoints"
+    for step in (100, 200, 300):
+        copied(mirror, folder / f"iter_0000{step}")
+    find_checkpoint(folder, str(folder / "iter_0000100"), mirror=mirror)
+    copied(mirror, add_checkpoint(folder, 150))
+    assert mirror.copies() == ["iter_0000150"]
+    shutil.rmtree(folder)
+    assert find_checkpoint(folder, mirror=mirror).name == "iter_0000150"
+
+
+def test_a_run_of_the_same_name_is_refused(run, tmp_path) -> None:
+    """Whether it is new or has checkpoints of its own; what is there stays as it is."""
+    config = CheckpointConfig(copy_to=str(tmp_path / "copies"), copy_keep_last=1)
+    here = open_mirror(config, run)
+    other = tmp_path / "elsewhere" / "run"
+    meanwhile = open_mirror(config, other)  # before there was anything to see
+    copied(here, run / "checkpoints" / "iter_0000300")
+    with pytest.raises(UserError, match="has the copies of the run in .*, not of .*another copy_to") as caught:
+        open_mirror(config, other)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="not of"):
+        find_checkpoint(other / "checkpoints", mirror=meanwhile)
+    with pytest.raises(UserError, match="not of"):
+        meanwhile.push(add_checkpoint(other / "checkpoints", 400))
+    with pytest.raises(UserError, match="not of"):
+        open_mirror(config, other)
+    assert here.copies() == ["iter_0000300"]
+    shutil.rmtree(run)
+    assert find_checkpoint(run / "checkpoints", mirror=open_mirror(config, run)).name == "iter_0000300"
+    (tmp_path / "copies" / "run" / RUN).unlink()  # as the message says of a run that was moved
+    copied(open_mirror(config, other), other / "checkpoints" / "iter_0000400")
+    with pytest.raises(UserError, match="not of"):
+        open_mirror(config, run)
+
+
+def test_a_store_that_does_not_answer_does_not_keep_a_run_from_its_own_disk(run, monkeypatch) -> None:
+    def no_answer(self) -> bool:
+        raise OSError("the line is down")
+
+    monkeypatch.setattr(Mirror, "check", no_answer)
+    mirror = open_mirror(CheckpointConfig(copy_to="memory://bucket/runs"), run)
+    assert find_checkpoint(run / "checkpoints", mirror=mirror).name == "iter_0000300"
 
 
 def test_nothing_anywhere_is_a_new_run(tmp_path, mirror) -> None:
@@ -116,7 +169,7 @@ def test_each_run_has_its_own_place(tmp_path) -> None:
 
 def test_an_unknown_store_is_a_mistake() -> None:
     with pytest.raises(UserError, match="checkpoint.copy_to: nostore://x"):
-        Mirror("nostore://x", 1)
+        Mirror("nostore://x", 1, Path("run"))
 
 
 def test_copies_are_made_in_the_background_and_the_newest_counts(run) -> None:
@@ -134,7 +187,7 @@ def test_copies_are_made_in_the_background_and_the_newest_counts(run) -> None:
             if path.name == "iter_0000100":
                 raise OSError("the line is down")
 
-        def prune(self) -> None:
+        def prune(self, newest: str) -> None:
             pass
 
     mirroring = Mirroring(Slow(), lambda path, error: reports.append((path.name, error)))

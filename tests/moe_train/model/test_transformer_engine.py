@@ -124,6 +124,18 @@ def test_the_curve_is_that_of_torchs_kernels(ranks, layout, options):
 
 
 @installed
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"recompute": "selective"}])
+def test_micro_batches_that_take_turns_are_all_counted(ranks, options):
+    """The backward of the last comes first: no gradient may take the place of what is there."""
+    apart, in_turn = (
+        ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, in_turn=n, **options)[0] for n in (1, 2)
+    )
+    for step, wanted in zip(in_turn, apart):
+        assert step["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+        assert step["norm"] == pytest.approx(wanted["norm"], rel=1e-2)
+
+
+@installed
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_fp8_stays_near_bf16(ranks, recipe):
     expected = ranks(1).run(f"{ON_CPU}:train", {}, kernels="torch", precision="bf16")[0]

@@ -55,6 +55,15 @@ def test_activations_within_15_percent(ranks, nproc: int, layout: dict, recomput
         assert planned == pytest.approx(found, rel=0.15), f"rank {rank}"
 
 
+def test_micro_batches_that_take_turns_are_both_kept(ranks) -> None:
+    measured = ranks(2).run("tests.memory_on_ranks:activation_bytes", {"expert": 2}, {}, "selective", 64, 2)
+    shape = make_layout(2, expert=2)
+    work = activations.Workload(wide_model(), shape, 64, 2, 4, in_turn=2)
+    assert work.count(8) == 1
+    for found in measured:
+        assert activations.stage_bytes(work, 0, 1, "selective") == pytest.approx(found, rel=0.15)
+
+
 def test_the_head_s_chunks_are_the_model_s() -> None:
     from moe_train.model import head
 
