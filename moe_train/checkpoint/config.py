@@ -26,7 +26,7 @@ class CheckpointConfig(BaseModel):
     copy_to: str | None = None
     """A second place for each of them: a folder on another file system, or a URL that fsspec knows
     (``s3://bucket/runs``). They lie there below the name of the run's folder, and are what ``--resume auto``
-    takes when the run's own disk has none."""
+    takes when the run's own disk has none. Those of a run in another folder of that name are refused."""
     copy_keep_last: int = Field(2, ge=1)
     """The newest ones that stay there."""
     initialize_from: str | None = None
