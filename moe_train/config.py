@@ -139,7 +139,9 @@ def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, wit
     document = load_document(path, overrides)
     config = validate(RunConfig, document)
     if with_mixture:
-        config = config.model_copy(update={"schedule": config.schedule.resolved(config.total_tokens)})
+        config = config.model_copy(
+            update={"schedule": config.schedule.resolved(config.total_tokens, config.tokens_per_step)}
+        )
         _check_lengths(config, document)
         _check_fp8(config, document)
         _check_flex(config, document)

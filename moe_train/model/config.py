@@ -271,6 +271,16 @@ class ModelConfig(ModelPart):
                 completed[name] = {**part, "router": {**common, **part["router"]}}
         return completed
 
+    @model_validator(mode="after")
+    def _check_normalized_logits(self) -> ModelConfig:
+        for part in ("attention", "mlp"):
+            if getattr(self, part).num_experts == 2 and self.router_of(part).normalize_logits:
+                raise ValueError(
+                    f"{part}.num_experts 2 leaves of normalize_logits: true only which logit is larger: no gradient;"
+                    f" take 3 experts or more, or {part}.router.normalize_logits: false"
+                )
+        return self
+
     def router_of(self, part: str) -> RouterConfig:
         """The router of a mixture, ``attention`` or ``mlp``."""
         return getattr(self, part).router or self.router

@@ -163,11 +163,12 @@ class ScheduleConfig(Section):
             raise ValueError("an exponential decay never reaches 0; set it above 0, or decay_form: linear")
         return ratio
 
-    def resolved(self, total_tokens: int) -> ScheduleConfig:
-        """The same schedule with `warmup` and `decay` filled in for a run of `total_tokens`."""
-        warmup = self.warmup or Duration(tokens=total_tokens // 100)
-        decay = self.decay or Duration(tokens=total_tokens // 5)
-        return self.model_copy(update={"warmup": warmup, "decay": decay})
+    def resolved(self, total_tokens: int, tokens_per_step: int) -> ScheduleConfig:
+        """The same schedule with `warmup` and `decay` in tokens, for a run of `total_tokens`. Steps are those of the
+        full batch as it is now: where a resume has another one, that this moves the schedule is told as a change."""
+        warmup = self.warmup.in_tokens(tokens_per_step) if self.warmup else total_tokens // 100
+        decay = self.decay.in_tokens(tokens_per_step) if self.decay else total_tokens // 5
+        return self.model_copy(update={"warmup": Duration(tokens=warmup), "decay": Duration(tokens=decay)})
 
 
 class FaultsConfig(Section):
@@ -179,7 +180,8 @@ class FaultsConfig(Section):
     on_spike: Literal["skip", "rewind", "stop", "ignore"] = "skip"
     """A sudden jump of the loss or the gradient norm."""
     spike_deviations: float = Field(20.0, gt=0)
-    """Standard deviations over the mean of the last 128 steps from which on it is one. Gradient norms have long
+    """Standard deviations over the mean of the last 128 steps on the same phase of the same mixture from which on it is
+    one. Gradient norms have long
     tails that clipping takes care of: 6 would leave out one update in a hundred of a small model."""
     max_skips: int = Field(20, ge=0)
     """How often a run may skip or rewind within 1,000 steps before it stops with status 6."""

@@ -43,13 +43,22 @@ class FaultGuard:
         self._recent: deque[int] = deque()  # steps left out within SKIP_WINDOW
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._segment: int | None = None  # whose losses these are
 
-    def judge(self, step: int, loss: float, gradient_norm: float) -> Fault | None:
+    def judge(self, step: int, loss: float, gradient_norm: float, segment: int = 0) -> Fault | None:
         """What is wrong with ``step``, or None to make its update.
+
+        Args:
+            segment: of the ledger, that feeds the step. Other data may have another loss for good: a step is compared
+                with those of its own segment alone.
 
         Raises:
             PolicyStop: the config says to stop on this, or ``max_skips`` is used up.
         """
+        if segment != self._segment:
+            self._losses.clear()
+            self._norms.clear()
+            self._segment = segment
         text, action = self._fault(loss, gradient_norm)
         if text is None:
             self._losses.append(loss)
@@ -78,6 +87,7 @@ class FaultGuard:
             "recent": list(self._recent),
             "losses": list(self._losses),
             "norms": list(self._norms),
+            "segment": self._segment,
         }
 
     def restore(self, state: dict) -> None:
@@ -89,6 +99,7 @@ class FaultGuard:
         """Compare with what an earlier :meth:`state` compared with. What was left out since stays counted."""
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._norms = deque(state["norms"], maxlen=WINDOW)
+        self._segment = state.get("segment")
 
     def _fault(self, loss: float, gradient_norm: float) -> tuple[str | None, str]:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):

@@ -54,7 +54,8 @@ def train(
         with proof:
             figures = _gradients(trainer, batch_size, stop)
         proof = nullcontext()
-        fault = trainer.guard.judge(step, figures.loss, figures.gradient_norm)
+        segment = trainer.ledger.segment_at(position.samples)
+        fault = trainer.guard.judge(step, figures.loss, figures.gradient_norm, segment)
         if fault is None:
             trainer.optimizer.update(lr, figures.gradient_norm)
             trainer.coefficients.update(figures.drop_rates)

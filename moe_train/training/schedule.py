@@ -38,7 +38,7 @@ class LearningRate:
     """`learning_rate` with its durations checked and turned into tokens once."""
 
     def __init__(self, schedule: ScheduleConfig, peak: float, total_tokens: int, tokens_per_step: int):
-        schedule = schedule.resolved(total_tokens)
+        schedule = schedule.resolved(total_tokens, tokens_per_step)
         self.kind, self.form = schedule.kind, schedule.decay_form
         self.peak, self.minimum = peak, peak * schedule.min_lr_ratio
         self.initial = peak * schedule.warmup_init_ratio

@@ -84,17 +84,10 @@ class Trainer:
     @property
     def last_token(self) -> int:
         """Tokens seen when the run is complete: at the end of the mixture, or at ``max_steps`` if that comes first."""
-        training, limit = self.config.training, self.config.training.max_steps
-        samples, step, end = self.position.samples, self.position.step, self.stream.num_samples
-        while (limit is None or step < limit) and samples < end:
-            size = training.batch_size(samples * self.sequence_length)
-            count = 1
-            if size == training.global_batch_size:  # and so are all later ones
-                count = (end - samples) // size
-                count = count if limit is None else min(count, limit - step)
-            if count == 0 or samples + count * size > end:
-                break
-            samples, step = samples + count * size, step + count
+        position = self.position
+        _, samples = self.config.training.end(
+            self.stream.num_samples, self.sequence_length, position.step, position.samples
+        )
         return samples * self.sequence_length
 
     @property

@@ -42,6 +42,11 @@ def test_a_bias_of_one_router_is_a_parameter_of_it_alone() -> None:
     assert "layers.0.attention.router.bias" not in model.parameter_shapes()
 
 
+def test_two_experts_may_have_a_router_without_normalised_logits() -> None:
+    overrides = ["router.normalize_logits=true", "mlp.num_experts=2", "mlp.router.normalize_logits=false"]
+    assert load_model("demo", overrides).router_of("attention").normalize_logits
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -55,6 +60,14 @@ def test_a_bias_of_one_router_is_a_parameter_of_it_alone() -> None:
         (["router.logit_scale=2"], "router.logit_scale: 2 is of use only with normalize_logits"),
         (["router.drop_by=random"], "drop_by"),
         (["router.load_balance=switch"], "load_balancing"),
+        (
+            ["mlp.num_experts=2", "router.normalize_logits=true"],
+            "mlp.num_experts 2 leaves of normalize_logits: true only",
+        ),
+        (
+            ["attention.num_experts=2", "attention.router.normalize_logits=true"],
+            "take 3 experts or more, or attention.router.normalize_logits: false",
+        ),
         (["mlp.router.capacity_factor=0.5"], "mlp.router.capacity_factor: 0.5 has no room"),
     ],
 )

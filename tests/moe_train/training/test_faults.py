@@ -56,6 +56,18 @@ def test_stop_stops_at_the_first(config, loss) -> None:
         guard(**config).judge(33, loss, 1.0)
 
 
+def test_other_data_are_judged_by_themselves() -> None:
+    """Each phase may have another loss for good; within it a spike is one."""
+    made = guard()
+    assert made.judge(50, 9.0, 1.0, segment=1) is None
+    for step in range(51, 51 + ENOUGH):
+        assert made.judge(step, 9.0, 1.0, segment=1) is None
+    assert made.judge(99, 20.0, 1.0, segment=1) is not None
+    again = FaultGuard(made.config)
+    again.restore(made.state())
+    assert again.judge(99, 20.0, 1.0, segment=1) is not None and again.judge(99, 20.0, 1.0, segment=2) is None
+
+
 def test_how_often_is_bounded_and_counted_over_restarts() -> None:
     first = guard(max_skips=2)
     assert first.judge(40, math.nan, 1.0) and first.skips == 1

@@ -95,6 +95,12 @@ def test_a_branch_is_checked_before_its_folder_is_made(load, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_schedule_in_steps_that_another_batch_moves_is_told(load):
+    leave_checkpoint(load("schedule.warmup=10 steps"), 4)
+    changes = check_run(load("schedule.warmup=10 steps", "training.global_batch_size=8"), 1, "auto")
+    assert [str(change) for change in changes if change.key == "schedule.warmup"] == ["schedule.warmup 640 -> 1280"]
+
+
 def test_a_dry_run_refuses_what_a_start_would(load):
     leave_checkpoint(load(), 4)
     with pytest.raises(UserError, match="model.hidden_size 16 -> 32"):
