@@ -181,8 +181,8 @@ class FaultsConfig(Section):
     """A sudden jump of the loss or the gradient norm."""
     spike_deviations: float = Field(20.0, gt=0)
     """Standard deviations over the mean of the last 128 steps on the same phase of the same mixture from which on it is
-    one. Gradient norms have long
-    tails that clipping takes care of: 6 would leave out one update in a hundred of a small model."""
+    one. Gradient norms have long tails that clipping takes care of: 6 would leave out one update in a hundred of a
+    small model."""
     max_skips: int = Field(20, ge=0)
     """How often a run may skip or rewind within 1,000 steps before it stops with status 6."""
     check_replicas: Interval | None = None
