@@ -228,3 +228,13 @@ def find(folder: str, which: str) -> str:
         return str(find_checkpoint(Path(folder), which, topology))
     except Exception as error:
         return f"{error.exit_code}: {error}"
+
+
+def find_each_below(places: list[str], which: str) -> str:
+    """The same in ``checkpoints`` below a place of each rank's own, as nodes may see different things of one disk."""
+    before = os.getcwd()
+    os.chdir(places[int(os.environ["RANK"])])
+    try:
+        return find("checkpoints", which)
+    finally:
+        os.chdir(before)

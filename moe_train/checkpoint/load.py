@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from moe_train.checkpoint.folder import (
     set_aside,
     step_of,
 )
-from moe_train.checkpoint.manifest import check_files, read_manifest
+from moe_train.checkpoint.manifest import MANIFEST, UnreadableError, check_file, read_manifest
 from moe_train.checkpoint.pieces import pieces_of_scales, pieces_to_load
 from moe_train.checkpoint.random_state import restore_random_state
 from moe_train.checkpoint.reader import read_metadata, read_pieces
 from moe_train.checkpoint.retention import mark_verified
-from moe_train.errors import DamagedError, UserError
+from moe_train.errors import DamagedError, HardwareError, UserError
 from moe_train.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def find_checkpoint(
 
     Raises:
         DamagedError: none of the checkpoints is whole, or the one that was asked for is not.
+        HardwareError: a rank does not see what rank 0 sees, or nobody can read it; nothing was set aside for that.
         UserError: ``which`` means none.
     """
     ranks = topology or _OneRank()
@@ -67,8 +69,10 @@ def find_checkpoint(
         return path
     if first:
         clean(folder)
+    committed = ranks.from_rank_zero(checkpoints(folder) if first else None)
+    _check_seen(folder, ranks)
     damaged = []
-    for path in reversed(ranks.from_rank_zero(checkpoints(folder) if first else None)):
+    for path in reversed(committed):
         reason = what_is_wrong(path, ranks)
         if reason is None:
             if first:
@@ -90,15 +94,65 @@ def find_checkpoint(
 
 
 def what_is_wrong(path: Path, topology: Topology | _OneRank | None = None) -> str | None:
-    """The first fault that any rank finds in the files of a checkpoint, or None."""
+    """The first fault that any rank finds in the files of a checkpoint and rank 0 finds too, or None where no rank
+    finds any.
+
+    Raises:
+        HardwareError: on all ranks, where rank 0 does not find what others do, or cannot read the file: that is of a
+            node or the disk, and the checkpoint may be whole.
+    """
     ranks = topology or _OneRank()
+    found = ranks.gather(_first_fault(path, ranks.rank, ranks.layout.world_size))
+    faults = [(rank, *fault) for rank, fault in enumerate(found) if fault]
+    if not faults:
+        return None
+    reason = ranks.from_rank_zero(_confirmed(path, [name for _, _, name, _ in faults]) if ranks.rank == 0 else None)
+    if reason is None:
+        rank, host, _, theirs = faults[0]
+        others = f" (and {len(faults) - 1} other ranks, each in its part)" * (len(faults) > 1)
+        raise HardwareError(
+            f"{path}: rank {rank} on {host}{others}: {theirs}; rank 0 does not find it damaged. Nothing was set aside: "
+            "see to the disk as that host sees it, and start again"
+        )
+    return reason
+
+
+def _first_fault(path: Path, rank: int, world_size: int) -> tuple[str, str, str] | None:
+    """Of the files that are for ``rank`` to check: (its host, the faulty file, what is wrong with it)."""
+    host, name = socket.gethostname(), MANIFEST
     try:
         entries = sorted(read_manifest(path).items(), key=lambda entry: (-entry[1]["bytes"], entry[0]))
-        mine = dict(entries[ranks.rank :: ranks.layout.world_size])
-        reason = check_files(path, mine)
+        for name, entry in entries[rank::world_size]:  # noqa: B007
+            if reason := check_file(path / name, entry):
+                return host, name, reason
     except DamagedError as error:
-        reason = str(error)
-    return next((found for found in ranks.gather(reason) if found), None)
+        return host, name, str(error)
+    return None
+
+
+def _confirmed(path: Path, names: list[str]) -> str | None:
+    """The first fault of the files ``names`` that this rank, which can read them, finds too."""
+    for name in dict.fromkeys(names):
+        try:
+            entries = read_manifest(path)
+            if name in entries and (reason := check_file(path / name, entries[name])):
+                return reason
+        except UnreadableError:
+            continue
+        except DamagedError as error:
+            return str(error)
+    return None
+
+
+def _check_seen(folder: Path, ranks: Topology | _OneRank) -> None:
+    """Raise HardwareError where another rank sees checkpoints and rank 0 none: it would start from nothing."""
+    seen = ranks.gather((held_any(folder), socket.gethostname()))
+    if not seen[0][0] and any(held for held, _ in seen):
+        rank = next(rank for rank, (held, _) in enumerate(seen) if held)
+        raise HardwareError(
+            f"{folder}: rank {rank} on {seen[rank][1]} sees checkpoints there, rank 0 on {seen[0][1]} none: see to "
+            "that host's view of the disk and start again"
+        )
 
 
 def load_checkpoint(

@@ -16,6 +16,10 @@ MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.json.xxh3"
 _BLOCK = 1 << 22
 
 
+class UnreadableError(DamagedError):
+    """A file cannot be read: that is of the disk, its mount or a permission, and says nothing of the contents."""
+
+
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
@@ -49,6 +53,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """The entries of a complete checkpoint.
 
     Raises:
+        UnreadableError: it cannot be read.
         DamagedError: there is no manifest, or it is not the one that was written.
     """
     return _entries(folder)[0]
@@ -74,17 +79,30 @@ def check_files(folder: Path, entries: dict[str, dict], hashes: bool = True) -> 
     Without ``hashes`` no file is read: only that it is there, and its size.
     """
     for name, entry in entries.items():
-        path = folder / name
         try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes, not the {entry['bytes']} that were written"
-            if hashes and hash_file(path) != entry["xxh3_128"]:
-                return f"{name} has other contents than were written (hash)"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            if reason := check_file(folder / name, entry, hashes):
+                return reason
+        except UnreadableError as error:
+            return str(error)
+    return None
+
+
+def check_file(path: Path, entry: dict, hashes: bool = True) -> str | None:
+    """What is wrong with one file, by its name, or None.
+
+    Raises:
+        UnreadableError: that cannot be told.
+    """
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{path.name} has {size} bytes, not the {entry['bytes']} that were written"
+        if hashes and hash_file(path) != entry["xxh3_128"]:
+            return f"{path.name} has other contents than were written (hash)"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        raise UnreadableError(f"{path.name} cannot be read ({error.strerror})") from None
     return None
 
 
@@ -107,7 +125,7 @@ def _entries(folder: Path) -> tuple[dict[str, dict], str]:
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename} is missing: the checkpoint was not finished or is damaged") from None
     except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from None
+        raise UnreadableError(f"{error.filename} cannot be read ({error.strerror})") from None
     if line != _hash_line(text):  # byte for byte: a damaged line end counts too
         raise DamagedError(
             f"{folder / MANIFEST} and the hash in {MANIFEST_HASH} do not belong together: one of them is damaged"

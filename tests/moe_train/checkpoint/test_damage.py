@@ -13,7 +13,7 @@ from moe_train import cli
 from moe_train.checkpoint.folder import POINTER
 from moe_train.checkpoint.inspect import verify
 from moe_train.checkpoint.load import find_checkpoint
-from moe_train.errors import DamagedError, UserError
+from moe_train.errors import DamagedError, HardwareError, UserError
 from tests.moe_train.checkpoint.conftest import add_checkpoint
 
 
@@ -165,3 +165,48 @@ def test_a_later_format_is_refused_not_set_aside(run) -> None:
     (path / "run_state.json").write_text(json.dumps({**state, "format_version": 99}))
     with pytest.raises(UserError, match="format 99.*update moe-train"):
         read_run_state(path)
+
+
+@pytest.mark.parametrize("lost", ["the folder", "a checkpoint", "a file"])
+def test_a_node_that_does_not_see_the_files_sets_nothing_aside(ranks, run, tmp_path, lost) -> None:
+    """Nor does the run start from nothing where that node has rank 0."""
+    blind, newest = shutil.copytree(run, tmp_path / "blind"), "checkpoints/iter_0000300"
+    if lost == "a file":
+        by_size = sorted((blind / newest).iterdir(), key=lambda path: -path.stat().st_size)
+        by_size[1].unlink()  # for rank 1 to check
+    else:
+        shutil.rmtree(blind / (newest if lost == "a checkpoint" else "checkpoints"))
+    held = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    def found(places: list, which: str) -> str:
+        one, other = ranks(2).run("tests.checkpoints_on_ranks:find_each_below", list(map(str, places)), which)
+        assert one == other and "\n" not in one
+        return one
+
+    for which in ["auto", newest] if lost == "a file" else ["auto"]:
+        said = found([run, blind], which)
+        assert said.startswith(f"5: {newest}: rank 1 on ") and "is missing" in said and "Nothing was set aside" in said
+    if lost == "the folder":
+        assert found([blind, run], "auto").startswith("5: checkpoints: rank 1 on ")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == held
+
+
+def test_what_cannot_be_read_is_not_set_aside(run) -> None:
+    """A broken disk or mount: ``--resume auto`` waits for it, and does not go on from an older one."""
+    path = run / "checkpoints" / "iter_0000300"
+    (path / "__0_0.distcp").unlink()
+    (path / "__0_0.distcp").symlink_to("__0_0.distcp")  # as good as a read error: ELOOP
+    with pytest.raises(HardwareError, match="rank 0 on .*__0_0.distcp cannot be read .*Nothing was set aside"):
+        find_checkpoint(run / "checkpoints")
+    assert path.exists()
+
+
+def test_what_two_ranks_both_find_is_set_aside(ranks, run) -> None:
+    """Whichever of them the file is for to check."""
+    for path in sorted((run / "checkpoints" / "iter_0000300").iterdir()):
+        shutil.copytree(path.parent, run / "spare")
+        path.unlink()
+        found = ranks(2).run("tests.checkpoints_on_ranks:find", str(run / "checkpoints"), "auto")
+        assert found == [str(run / "checkpoints" / "iter_0000200")] * 2
+        shutil.rmtree(path.parent.with_name("iter_0000300.damaged"))
+        (run / "spare").rename(path.parent)
