@@ -25,6 +25,7 @@ def render(job: Job) -> str:
         "DIRECTIVES": "\n".join(f"#SBATCH {option}" for option in directives(job)),
         "RUN_DIR": shlex.quote(str(job.run_dir)),
         "SUBMIT_DIR": shlex.quote(str(job.submit_dir)),
+        "LIMIT": str(math.ceil(job.seconds / 60) * 60),
         "LEAD": str(job.lead),
         "MAX_RESTARTS": str(job.cluster.max_restarts),
         "CHAIN": "1" if job.chain > 1 else "0",
@@ -197,4 +198,5 @@ def _in_directive(path: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
+    """A directive's value; without quotes ``#`` would end it, and a quote mark would join it to what follows."""
+    return value if re.fullmatch(r"[\w.,:/@%+=-]*", value, re.ASCII) else f'"{value}"'

@@ -41,7 +41,12 @@ SCONTROL = """#!/bin/bash
 case "$*" in
   *hostnames*) printf 'node1\\nnode2\\n' ;;
   *"show job"*) echo "JobId=7 Restarts=${T_RESTARTS:-0} ExcNodeList=${T_EXCLUDED:-(null)} End" ;;
-  requeue*) echo "$*" >> "$NOTES/slurm"; kill -KILL $PPID ;;
+  requeue*)
+    echo "$*" >> "$NOTES/slurm"
+    if [ "$(wc -l < "$NOTES/slurm")" -le "${T_AWAY:-0}" ]; then
+      echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+    fi
+    kill -KILL $PPID ;;
   update*) echo "$*" >> "$NOTES/slurm" ;;
 esac
 """
@@ -58,6 +63,7 @@ class Ended:
     """A start of the script that is over."""
 
     said: str
+    status: int
     notes: Path
 
     @property
@@ -91,6 +97,8 @@ def start(tmp_path: Path):
         cancel: bool = False,
         warned: bool = False,
         torn: bool = False,
+        full: bool = False,
+        late: bool = False,
         **variables: str,
     ) -> Ended:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -99,6 +107,8 @@ def start(tmp_path: Path):
         (job.notes / "jobs.jsonl").write_text(
             '{"time": "t", "job": "7", "nodes": 2}\n{"time": "t", "job": "9", "nodes": 2}\n'
         )
+        if full:
+            (job.notes / "current").mkdir()  # takes no line
         if torn:  # by a full disk
             for name in ("starts.jsonl", "jobs.jsonl"):
                 with open(job.notes / name, "a") as file:
@@ -108,6 +118,8 @@ def start(tmp_path: Path):
         script = render(job)
         if cancel:  # while the ranks are on
             script = script.replace("# ---- the ranks ----", 'touch "$NOTES/cancel"')
+        if late:
+            script = script.replace("LIMIT=600\n", "LIMIT=1\n")
         if warned:
             script = script.replace("# ---- the ranks ----", "kill -USR1 $$")
         environment = {
@@ -125,7 +137,7 @@ def start(tmp_path: Path):
             text=True,
             timeout=120,
         )
-        return Ended(done.stdout + done.stderr, job.notes)
+        return Ended(done.stdout + done.stderr, done.returncode, job.notes)
 
     return run
 
@@ -169,6 +181,22 @@ def test_unfit_nodes_are_left_out_with_those_that_were_before(start) -> None:
     assert ended.asked == [*updates, f"sbatch --parsable --exclude=node9,node2 {ended.notes}/job.sbatch"], ended.said
     assert Journal(ended.notes.parent).job_ids() == ["7", "9", "8"]
     assert ended.end["next"] == "job 8 without them" and ended.over is None
+
+
+def test_a_start_that_cannot_write_its_notes_says_so(start) -> None:
+    ended = start(full=True, CODE="0")
+    assert ended.status == 5 and "launch cannot be written, is the disk full?" in ended.said, ended.said
+    assert not (ended.notes / "ranks").read_text() and ended.over is None and "another start" not in ended.said
+
+
+def test_a_controller_that_is_away_is_asked_again(start) -> None:
+    ended = start(CODE="5", AWAY="1")
+    assert ended.asked == ["requeue 7"] * 2 and "could not be requeued" not in ended.said, ended.said
+
+
+def test_when_the_time_is_up_the_controller_is_waited_for_no_longer(start) -> None:
+    ended = start(CODE="5", AWAY="9", late=True)
+    assert ended.asked == ["requeue 7"] and ended.status == 5 and "could not be requeued; submit" in ended.said
 
 
 def test_half_a_line_in_the_notes_costs_no_other(start) -> None:

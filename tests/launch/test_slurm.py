@@ -85,6 +85,12 @@ def test_what_the_script_says(tmp_path: Path) -> None:
     assert "\n#SBATCH --dependency=singleton\n" in chain and "\nCHAIN=1\n" in chain
 
 
+def test_paths_with_marks_of_the_shell_stand_whole_in_a_directive(tmp_path: Path) -> None:
+    for name in ("it's", "run#7", "a b"):
+        script = render(load_job(str(write_run(tmp_path)), [f"output_dir={tmp_path}/{name}"]))
+        assert f'\n#SBATCH --output="{tmp_path}/{name}/logs/slurm-%j.out"\n' in script
+
+
 def test_everything_runs_in_the_container(tmp_path: Path, monkeypatch) -> None:
     """The check of the files, the look at the nodes and the ranks: pyxis' options on each srun, with the image's own
     Python."""
