@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.node import Settings
-from launch.supervise import Supervisor
+from launch.supervise import RunFolderProblem, Supervisor
 from moe_train.errors import HardwareError, UserError
 
 UNREACHABLE = 255
@@ -83,6 +83,7 @@ def check_hosts(
 
     Raises:
         HardwareError: too few are fit; the message names the others.
+        RunFolderProblem: none of them can write the run's folder.
     """
     cluster, notes = supervisor.cluster, supervisor.journal.folder
     wish = cluster.preflight
@@ -92,14 +93,15 @@ def check_hosts(
         ranks_per_node=hosts[0].ranks,
         gpus=hosts[0].ranks if cluster.gpus_per_node else 0,
         notes=str(notes),
-        disks=(str(supervisor.folder.path), cluster.scratch or "/tmp"),
+        run_dir=str(supervisor.folder.path),
+        disks=(cluster.scratch or "/tmp",),
         free_gigabytes=wish.free_gigabytes,
         clock_skew=wish.clock_skew,
         gigabytes_per_second=wish.gigabytes_per_second,
         timeout=wish.timeout,
     )
     names = [host.name for host in hosts]
-    for name in ("good_nodes", "bad_nodes"):
+    for name in ("good_nodes", "bad_nodes", "folder_problem"):
         (notes / name).unlink(missing_ok=True)
     processes = []
     for name in names:
@@ -132,6 +134,8 @@ def check_hosts(
     if processes[0].returncode == UNREACHABLE and len(hosts) > wanted:  # who would have judged: the next one does
         return check_hosts(hosts[1:], wanted, supervisor, restart, rsh, setup)
     good, bad = (_names(notes / name) for name in ("good_nodes", "bad_nodes"))
+    if (problem := notes / "folder_problem").exists():
+        raise RunFolderProblem(f"the run's folder {problem.read_text(encoding='utf-8').strip()}")
     if not good:
         who = f"unfit: {', '.join(bad)}" if bad else "they could not be checked, or do not exchange data"
         raise HardwareError(

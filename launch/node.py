@@ -31,8 +31,10 @@ class Settings:
     """On each node; 0: the ranks compute on CPUs."""
     notes: str
     """The folder for the verdict."""
+    run_dir: str | None = None
+    """The run's folder, which the nodes share: it must be writable."""
     disks: tuple[str, ...] = ()
-    """Folders that must be writable: the run's, and the node's own scratch."""
+    """The node's own folders that must be writable: its scratch."""
     free_gigabytes: float = 1.0
     clock_skew: float = 5.0
     """Seconds."""
@@ -57,6 +59,8 @@ class Report:
     name: str
     problems: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    folder_problem: str | None = None
+    """What is wrong with the run's folder; the node's own fault only where the others can write it."""
 
 
 def check_node(name: str, settings: Settings) -> Report:
@@ -67,6 +71,8 @@ def check_node(name: str, settings: Settings) -> Report:
     for folder in settings.disks:
         problem = disk_problem(folder, settings.free_gigabytes)
         report.problems += [problem] if problem else []
+    if settings.run_dir:
+        report.folder_problem = disk_problem(settings.run_dir, settings.free_gigabytes)
     return report
 
 

@@ -12,6 +12,7 @@ whose fault it is. The verdict lies in the notes of the run's launcher:
     bad_nodes           names, one a line: to be left out
     good_nodes          names, one a line: to be used (`wanted` of them); only where there are enough and they exchange
                         data
+    folder_problem      what is wrong with the run's folder, where all nodes find it so: no node's fault
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Judge:
         self.reports: dict[str, Report] = {}
         self.figures: dict[str, Any] | None = None
         self.trouble: str | None = None
+        self.folder_problem: str | None = None
         self._server, self._key = server, key
         self._peers: dict[str, Peer] = {}
         self._rounds = 0
@@ -100,10 +102,12 @@ class Judge:
     def decide(self) -> int:
         """Leave the verdict in the notes, tell the nodes, and return the status: 0 where the job can start."""
         self._hear()
-        self._compare_clocks()
-        self._exchange()
+        self._compare_folders()
+        if self.folder_problem is None:
+            self._compare_clocks()
+            self._exchange()
         good = self._good()
-        enough = len(good) >= self.settings.wanted and self.trouble is None
+        enough = len(good) >= self.settings.wanted and self.trouble is None and self.folder_problem is None
         status = 0 if enough else EXIT_UNFIT
         self._write(good[: self.settings.wanted] if enough else [])
         for peer in self._peers.values():
@@ -133,6 +137,16 @@ class Judge:
         for name in self.names:
             if name not in self.reports:
                 self.reports[name] = Report(name, [f"did not answer within {self.settings.timeout:g} s"])
+
+    def _compare_folders(self) -> None:
+        """The run's folder: the fault of those who cannot write it, nobody's where that is all."""
+        found = {name: self.reports[name].folder_problem for name in self._peers}
+        if found and all(found.values()):
+            self.folder_problem = next(iter(found.values()))
+            return
+        for name, problem in found.items():
+            if problem is not None:
+                self._blame(name, problem)
 
     def _compare_clocks(self) -> None:
         offsets: dict[str, float] = {}
@@ -247,6 +261,8 @@ class Judge:
     def _write(self, chosen: list[str]) -> None:
         bad = {name: "; ".join(report.problems) for name, report in self.reports.items() if report.problems}
         notes = Path(self.settings.notes)
+        if self.folder_problem:  # before the notes, which may take nothing
+            print(f"preflight: the run's folder {self.folder_problem}: make room, or repair it", flush=True)
         facts = {name: report.facts for name, report in self.reports.items()}
         verdict = {
             "time": now(),
@@ -255,10 +271,13 @@ class Judge:
             "chosen": chosen,
             "fabric": self.figures,
             "trouble": self.trouble,
+            "folder_problem": self.folder_problem,
             "nodes": facts,
         }
         write_atomically(notes / "preflight.json", json.dumps(verdict, indent=1) + "\n")
         write_atomically(notes / "bad_nodes", "".join(f"{name}\n" for name in bad))
+        if self.folder_problem:
+            write_atomically(notes / "folder_problem", self.folder_problem + "\n")
         if chosen:
             write_atomically(notes / "good_nodes", "".join(f"{name}\n" for name in chosen))
         for name, problem in bad.items():

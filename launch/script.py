@@ -109,10 +109,15 @@ def check_command(job: Job) -> str:
 _PREFLIGHT = """\
 PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
 export PREFLIGHT_NODES
-rm -f "$NOTES/good_nodes" "$NOTES/bad_nodes"
+rm -f "$NOTES/good_nodes" "$NOTES/bad_nodes" "$NOTES/folder_problem"
 {command} &
 await $!
 give_way
+if [ -e "$NOTES/folder_problem" ]; then
+  PROBLEM="the run's folder $(tr -d '"\\134' < "$NOTES/folder_problem")"
+  note_end 5 "\\"$PROBLEM\\"" over
+  finish 5 "\\"$PROBLEM\\""
+fi
 BAD=$(paste -sd, "$NOTES/bad_nodes" 2>/dev/null)
 if [ -e "$NOTES/good_nodes" ]; then
   if [ -n "$BAD" ]; then tell "unfit: $BAD; goes on with spare nodes"; fi

@@ -26,6 +26,10 @@ _FINAL = (0, 2, 3, 6)
 _POLL_SECONDS = 0.2
 
 
+class RunFolderProblem(HardwareError):
+    """The run's folder is full or takes no files, wherever one looks from: another start would find the same."""
+
+
 class Start(Protocol):
     """The processes of one start."""
 
@@ -57,6 +61,7 @@ class Supervisor:
         """The hosts of the present start, for `launch status`."""
         self._asked: list[int] = []
         self._running: Start | None = None
+        self._hopeless = False
 
     def run(self, start: Callable[[int], Start]) -> int:
         """Call `start(restart)` until the run is over; the exit status of the run. After a signal nothing is started
@@ -85,7 +90,7 @@ class Supervisor:
             cancelled = self.journal.cancel_path.exists() and code != 0
             if cancelled:
                 code, reason = 3, "cancelled"
-            final = code in _FINAL
+            final = code in _FINAL or self._hopeless
             if self._asked and not final:  # it was killed before it could catch the signal, or failed while it saved
                 code, reason, final = 3, f"signal {signal.Signals(self._asked[0]).name}; {reason}", True
             failures = failures + 1 if saved == stuck_at else 1
@@ -113,6 +118,7 @@ class Supervisor:
         try:
             running = self._running = start(restart)
         except HardwareError as error:  # no node is fit, or none can be reached
+            self._hopeless = isinstance(error, RunFolderProblem)
             self.folder.settle(error.exit_code, str(error), now())
             return error.exit_code
         for number in self._asked:  # before there was anybody to hand them on to

@@ -26,6 +26,7 @@ case "$*" in
   *--dry-run*) exit ${T_CHECK:-0} ;;
   *launch.preflight*)
     echo "$T_BAD" | tr , '\\n' | sed '/^$/d' > "$NOTES/bad_nodes"
+    if [ -n "$T_FOLDER" ]; then echo "$T_FOLDER" > "$NOTES/folder_problem"; fi
     if [ -n "$T_GOOD" ]; then echo "$T_GOOD" | tr , '\\n' > "$NOTES/good_nodes"; fi ;;
   *)
     echo "$*" >> "$NOTES/ranks"
@@ -211,6 +212,12 @@ def test_where_there_are_no_other_nodes_the_run_is_over(start) -> None:
     assert ended.over["code"] == 5 and "no job without them: sbatch: error: no nodes" in ended.over["reason"], (
         ended.said
     )
+
+
+def test_a_full_folder_of_the_run_ends_it(start) -> None:
+    ended = start(GOOD="", FOLDER='/a "b" has 0.10 GB free, less than 1')
+    assert ended.over["code"] == 5 and ended.over["reason"] == "the run's folder /a b has 0.10 GB free, less than 1"
+    assert ended.asked == [] and ended.end["next"] == "over" and not (ended.notes / "ranks").read_text()
 
 
 def test_spare_nodes_take_the_place_of_unfit_ones(start) -> None:

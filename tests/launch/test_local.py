@@ -119,6 +119,14 @@ def test_cancel_saves_first_and_a_second_launcher_is_refused(tmp_path: Path, cap
     assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == step
 
 
+def test_a_full_folder_of_the_run_is_not_tried_again(tmp_path: Path) -> None:
+    path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 1e9}, "scratch": "/dev/shm"})
+    assert main(["launch", "local", str(path), "--nproc", "1"]) == 5
+    over = json.loads((tmp_path / "run/launch/over.json").read_text())
+    assert over["code"] == 5 and f"the run's folder {tmp_path}/run has" in over["reason"]
+    assert [each["kind"] for each in records(tmp_path, "launch/starts.jsonl")] == ["start", "end"]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("early", [False, True])
 def test_a_signal_to_a_start_that_cannot_catch_it_yet_ends_the_run(tmp_path: Path, name: str, early: bool) -> None:

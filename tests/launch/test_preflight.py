@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.node import Settings, disk_problem
+from launch.node import Report, Settings, disk_problem
 from launch.nvidia_smi import check_gpus
 from launch.preflight import Judge
 
@@ -181,6 +181,23 @@ def test_a_node_that_does_not_come_is_named_and_a_spare_one_takes_its_place(tmp_
         "127.0.0.3",
     ]
     assert "127.0.0.2 is unfit" in said
+
+
+def test_a_full_folder_of_the_run_is_no_nodes_fault(tmp_path) -> None:
+    verdict, said = preflight(
+        tmp_path, ["127.0.0.1", "127.0.0.2"], run_dir=str(tmp_path), disks=(), free_gigabytes=1e9, wanted=1
+    )
+    assert verdict["bad"] == {} and not verdict["chosen"] and "unfit" not in said
+    assert f"the run's folder {tmp_path} has" in said and "less than 1e+09: make room" in said
+    assert (tmp_path / "folder_problem").read_text() == verdict["folder_problem"] + "\n"
+
+
+def test_a_folder_of_the_run_that_one_node_cannot_write_is_its_fault() -> None:
+    judge = Judge(["1", "2"], socket.socket(), "", Settings(2, 2, 1, 0, ""))
+    judge.reports = {"1": Report("1"), "2": Report("2", folder_problem="/run cannot be written")}
+    judge._peers = dict.fromkeys(judge.names)
+    judge._compare_folders()
+    assert judge.folder_problem is None and judge._good() == ["1"]
 
 
 def test_slow_exchanges_among_two_are_nobodys_fault(tmp_path) -> None:
