@@ -9,6 +9,7 @@ from data_pipeline.units import format_count
 from parallel.layout import Layout, smallest_world
 
 if TYPE_CHECKING:
+    from data_pipeline.ledger import Ledger
     from moe_train.config import RunConfig
 
 
@@ -21,20 +22,19 @@ def dry_run(config: RunConfig, nproc: int | None = None, resume: str = "auto") -
     Raises what `pretrain` would raise: a layout that does not divide, a missing corpus, a source whose epochs
     run out.
     """
-    from data_pipeline.report import plan, planned
-    from moe_train.training.preflight import check_run
+    from moe_train.training.preflight import check_mixture, check_run
 
     world = nproc or _launched_processes() or smallest_world(config.parallel)
     layout = config.layout(world)
     changes = check_run(config, world, resume)
-    ledger = plan(config.mixture, config.model.vocab_size)
+    ledger = check_mixture(config, resume)
     print(config.to_yaml())
     for line in [*model_lines(config), *run_lines(config, layout)]:
         print(line)
     for change in changes:
         print(f"changed     {change}, since the last start")
     print()
-    print(planned(ledger))
+    print(_mixture(config, ledger))
     print("\ndry run: config, mixture and layout agree; nothing was started")
 
 
@@ -65,6 +65,20 @@ def run_lines(config: RunConfig, layout: Layout) -> list[str]:
         f"            {config.model.flops_per_token(length) * total:.3g} operations in all",
         f"schedule    {rate}",
     ]
+
+
+def _mixture(config: RunConfig, ledger: Ledger | None) -> str:
+    """What the run is fed. Without its ledger: what a new run would be fed, whose faults need not be its own."""
+    from data_pipeline.errors import DataError
+    from data_pipeline.report import plan, planned
+
+    if ledger is not None:
+        return planned(ledger)
+    try:
+        new = planned(plan(config.mixture, config.model.vocab_size))
+    except DataError as error:
+        new = f"warning: {error}"
+    return f"what this run was fed so far is found out when it starts; a new one:\n{new}"
 
 
 def _steps(config: RunConfig) -> str:

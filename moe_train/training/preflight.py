@@ -49,12 +49,15 @@ def _check_checkpoint(key: str, path: str) -> None:
         raise UserError(f"{key} {path}: {'no such checkpoint' if not Path(path).exists() else error}") from None
 
 
-def check_mixture(config: RunConfig, resume: str) -> None:
+def check_mixture(config: RunConfig, resume: str) -> Ledger | None:
     """Check that the corpora are there and last as long as the mixture asks for, and that no edit of it is one of what
     was fed already.
 
     Args:
         resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Returns:
+        the ledger that the run will go by; None where that is for the ranks to find out.
 
     Raises:
         an error with ``exit_code`` 2, one line.
@@ -65,10 +68,11 @@ def check_mixture(config: RunConfig, resume: str) -> None:
         try:
             before = Ledger.from_json(state["ledger"])
         except (KeyError, DamagedDataError):
-            return  # the ranks judge it, and may take an older one
-        before.resume(config.mixture, sources, state["samples"])
-    elif not folder.holds_run and config.checkpoint.copy_to is None:  # a copy of a lost folder may hold another past
-        Ledger.start(config.mixture, sources)
+            return None  # the ranks judge it, and may take an older one
+        return before.resume(config.mixture, sources, state["samples"])
+    if folder.holds_run or config.checkpoint.copy_to is not None:  # a copy of a lost folder may hold another past
+        return None
+    return Ledger.start(config.mixture, sources)
 
 
 def _run_state(path: str | Path) -> dict[str, Any] | None:

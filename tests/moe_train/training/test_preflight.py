@@ -86,6 +86,25 @@ def test_an_edit_of_the_past_is_told_and_one_of_the_future_is_not(load, tmp_path
         dry_run(load())
 
 
+def test_a_dry_run_plans_a_run_under_way_from_where_it_stands(load, tmp_path, capsys):
+    """An edit in the middle of a phase counts from there: a new run would read more of the source than it has."""
+    edit_mixture(tmp_path, "max_epochs: 3", "max_epochs: 0.78")  # of 124 windows
+    leave_checkpoint(load(), 24)
+    edit_mixture(tmp_path, "web: 1\n", "web: 0.01\n")
+    with pytest.raises(DataError, match="source 'code' would be read"):
+        dry_run(load(f"output_dir={tmp_path / 'new'}"))
+    dry_run(load())
+    tables = capsys.readouterr().out.partition("whole run")[2]
+    assert [line.split()[-2] for line in tables.splitlines() if "code" in line] == ["0.734"]
+
+
+def test_a_dry_run_that_cannot_tell_what_was_fed_shows_a_new_run(load, tmp_path, capsys):
+    edit_mixture(tmp_path, "max_epochs: 3", "max_epochs: 0.1")
+    dry_run(load(f"checkpoint.copy_to={tmp_path / 'copies'}"))  # which may hold another past
+    said = capsys.readouterr().out
+    assert "found out when it starts" in said and "warning: source 'code' would be read" in said
+
+
 def test_a_branch_is_checked_before_its_folder_is_made(load, tmp_path):
     config = load()
     leave_checkpoint(config, 24)
