@@ -205,24 +205,29 @@ def test_a_run_whose_disk_is_gone_goes_on_from_the_object_store(complete, tmp_pa
     assert status == 2 and f"has the copies of the run in {tmp_path}/run, not of {tmp_path}/elsewhere/run" in said, said
 
 
-def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(complete, tmp_path):
-    """The gradient norm of this run is at its highest at step 40, four steps after a checkpoint."""
+def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(tmp_path):
+    """The gradient norm of this run jumps at step 35, five steps after a checkpoint."""
     write_corpora(tmp_path)
-    options = ("faults.on_spike=rewind", "faults.spike_deviations=1", "checkpoint.interval=6 steps")
-    status, said = run(tmp_path, *options, "faults.check_replicas=5 steps")
+    mixture = yaml.safe_load((tmp_path / "mixture.yaml").read_text())
+    (stable, _), tokens = mixture["phases"], sum(phase["tokens"] for phase in mixture["phases"])
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({**mixture, "phases": [{**stable, "tokens": tokens}]}))
+    options = ("faults.spike_deviations=3", "checkpoint.interval=6 steps", "training.max_steps=35")
+    status, said = run(tmp_path, *options, "faults.on_spike=ignore", f"output_dir={tmp_path}/calm")
+    assert status == 0, said
+    status, said = run(tmp_path, *options, "faults.on_spike=rewind", "faults.check_replicas=5 steps")
     assert status == 0, said
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     (event,) = [event for event in events if event["kind"] == "rewind"]
-    assert event["step"] == 40 and event["first_sample"] == 4 * 36 and event["samples"] == 16 and event["count"] == 1
-    assert "is a spike" in event["reason"] and event["checkpoint"].endswith("iter_0000036")
-    assert "went back to iter_0000036, past samples 144 to 159 (1 " in said
+    assert event["step"] == 35 and event["first_sample"] == 4 * 30 and event["samples"] == 20 and event["count"] == 1
+    assert "is a spike" in event["reason"] and event["checkpoint"].endswith("iter_0000030")
+    assert "went back to iter_0000030, past samples 120 to 139 (1 " in said
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
-    assert [segment["skipped"] for segment in ledger["segments"]] == [[], [[144, 160]]]
-    # The curve up to there is the undisturbed one's; the weights in the last checkpoint are those of step 36.
+    assert [segment["skipped"] for segment in ledger["segments"]] == [[[120, 140]]]
+    # The curve up to there is the undisturbed one's; the weights in the last checkpoint are those of step 30.
     assert [line[:8] for line in arithmetic(metrics(tmp_path / "run"))] == [
-        line[:8] for line in arithmetic(metrics(complete / "run"))
+        line[:8] for line in arithmetic(metrics(tmp_path / "calm"))
     ]
-    found = [contents(tmp_path / f"run/checkpoints/iter_00000{step}") for step in (36, 40)]
+    found = [contents(tmp_path / f"run/checkpoints/iter_00000{step}") for step in (30, 35)]
     assert_equal(*found)
 
 
