@@ -155,6 +155,7 @@ def _train_as_owner(
     run: RunConfig, topology, resume: str, changes: list, stop: StopRequest, since: str, fence: Fence | None
 ) -> int:
     from moe_train.checkpoint.save import Checkpointer
+    from moe_train.training.agreement import check_agreement
     from moe_train.training.loop import train
     from moe_train.training.recorder import Recorder
     from moe_train.training.trainer import Trainer
@@ -169,7 +170,10 @@ def _train_as_owner(
 
     watchdog = Watchdog(run.faults.step_timeout, rank_log_path(folder.logs, topology.rank), before_exit=hung)
     watchdog.arm("the start", 10 * run.faults.step_timeout)
+    # The mixture first: the run's schedule follows from it.
+    check_agreement(topology, {"the mixture": run.mixture.model_dump_json(), "the run file": run.to_yaml()})
     trainer = Trainer(run, topology, resume)
+    check_agreement(topology, {"the ledger of what was fed": trainer.ledger.to_json()})
     recorder = Recorder(trainer, changes, fence)
     if topology.rank == 0:
         stop.on_signal = lambda name: folder.event("signal", trainer.position.step, signal=name)
