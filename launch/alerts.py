@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 
 from launch.cluster import ClusterConfig
 
@@ -14,7 +15,7 @@ TIMEOUT_SECONDS = 20
 
 def tell(message: str, cluster: ClusterConfig | None) -> None:
     """Say `message` on stderr, and to whom the cluster file names. An alert that fails or hangs is not in the way."""
-    print(message, file=sys.stderr, flush=True)
+    _say(message)
     if cluster is None:
         return
     if cluster.alert_command:
@@ -34,4 +35,9 @@ def _try(what: str, action) -> None:
     try:
         action()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        print(f"warning: {what}: {error}", file=sys.stderr, flush=True)
+        _say(f"warning: {what}: {error}")
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # the terminal may have gone
+        print(message, file=sys.stderr, flush=True)

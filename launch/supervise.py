@@ -19,6 +19,7 @@ from moe_train.config import RunConfig
 from moe_train.errors import HardwareError, PolicyStop, UserError
 from moe_train.training.fence import born
 from moe_train.training.run_folder import RunFolder, now
+from parallel.rank import STOP_SIGNALS
 
 DEFAULT_RESTARTS = 3
 _FINAL = (0, 2, 3, 6)
@@ -197,8 +198,7 @@ class Stall:
 
 @contextmanager
 def _signals(handler: Callable[[int, Any], None]):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -26,7 +26,10 @@ ERROR_DIR = "PARALLEL_ERROR_DIR"
 STACKS_SIGNAL = signal.SIGUSR2
 """A rank that has a log writes the Python stacks of all its threads there when it gets this signal."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Ask for a save and an end. So does the loss of the terminal, but to what was started to outlive it (nohup)."""
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS += (signal.SIGHUP,)
 
 EXIT_BUG, EXIT_STOPPED, EXIT_LOST_RANK = 1, 3, 5
 

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, a file, a time limit.
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP (a lost terminal), a file, a time limit.
 
 The loop asks after each step, the ranks agree, save, and end with status 3.
 """
@@ -11,14 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from moe_train.units import format_time
+from parallel.rank import EXIT_STOPPED, STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_STOPPED = 3
 REPEAT_SECONDS = 1.0
 """A second signal within this time is the first one again: `timeout` and job managers signal a process and then its
 group."""
@@ -36,9 +36,9 @@ class StopRequest:
         on_signal: called with the name of the first signal that asks for a save (to record it). Keep it short.
 
     With `loading` there is nothing to save until `begin`: the first signal ends the process at once with status 3. Else
-    a second SIGTERM or SIGINT does. Both also when the main thread waits in a collective that will never end: Python
-    runs handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up descriptor.
-    Signals can be caught from the main thread only.
+    a second one does, other than SIGUSR1. Both also when the main thread waits in a collective that will never end:
+    Python runs handlers in the main thread alone, so a thread of its own listens to the interpreter's wake-up
+    descriptor. Signals can be caught from the main thread only.
     """
 
     def __init__(
@@ -135,9 +135,10 @@ class StopRequest:
 
     def _exit_now(self, reason: str) -> None:
         try:
-            os.write(2, f"\n{reason}\n".encode())
-            if os.isatty(2):
-                os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+            with suppress(OSError):  # the terminal may have gone
+                os.write(2, f"\n{reason}\n".encode())
+                if os.isatty(2):
+                    os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
             if self.before_exit is not None:
                 self.before_exit(reason)
         finally:

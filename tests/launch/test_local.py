@@ -3,14 +3,17 @@ cancel."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,36 @@ def test_a_signal_to_a_start_that_cannot_catch_it_yet_ends_the_run(tmp_path: Pat
     assert supervisor.run(begin) == 3 and restarts == [0]
     over = json.loads((tmp_path / "run/launch/over.json").read_text())
     assert over["code"] == 3 and over["reason"].startswith(f"signal {name}; ")
+
+
+def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
+    path = runs.write_run(tmp_path, {"preflight": None}, steps=20_000)
+    terminal, slave = os.openpty()
+    os.set_blocking(terminal, False)
+
+    def take() -> None:
+        os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    def has_steps() -> bool:
+        with suppress(BlockingIOError):  # what nobody reads would hold the run up
+            os.read(terminal, 1 << 16)
+        return bool(records(tmp_path, "metrics.jsonl"))
+
+    command = [sys.executable, "-m", "moe_train", "launch", "local", str(path), "--nproc", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take
+    )
+    os.close(slave)
+    until(process, has_steps)
+    os.close(terminal)
+    process.wait(timeout=PATIENCE)
+    outcome = json.loads((tmp_path / "run/outcome.json").read_text())
+    assert (outcome["code"], outcome["reason"]) == (3, "signal SIGHUP")
+    assert json.loads((tmp_path / "run/launch/over.json").read_text())["code"] == 3
+    assert int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) == outcome["step"]
 
 
 def test_a_stall_and_a_recovery_are_told_once(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ ROOT = str(Path(__file__).resolve().parents[3])
 # The main thread waits in C for a lock that never comes, as in a collective whose peers have gone: no Python runs
 # there, and signals do not interrupt it.
 BLOCKED = """
-import ctypes, sys
+import ctypes, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 from pathlib import Path
 from moe_train.training.signals import StopRequest
-stop = StopRequest(before_exit=lambda reason: Path(sys.argv[1]).write_text(reason), loading=len(sys.argv) > 2)
+stop = StopRequest(before_exit=lambda reason: Path(sys.argv[1]).write_text(reason), loading="loading" in sys.argv)
 stop.install()
 print("ready", flush=True)
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -85,6 +86,19 @@ def test_a_signal_while_there_is_nothing_to_save_ends_a_blocked_process_with_3(t
     process.communicate(timeout=5)
     assert process.returncode == 3
     assert (tmp_path / "outcome").read_text() == "stopped by SIGUSR1 before the first step, with nothing to save"
+
+
+def test_the_loss_of_the_terminal_asks_for_a_stop_but_under_nohup(tmp_path):
+    process = start(str(tmp_path / "outcome"), "loading")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=5)
+    assert process.returncode == 3 and "stopped by SIGHUP" in (tmp_path / "outcome").read_text()
+    process = start(str(tmp_path / "outcome"), "loading", "nohup")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 def test_the_first_signal_is_told_once():
