@@ -1,9 +1,9 @@
 """megatron-core's all-to-all dispatcher: each rank gets the rows of its experts.
 
-It counts, splits, exchanges and sorts; what is ours is the local permutation on either side of the exchange. A pair may
-be left out: it is not sent, and comes back as a row of zeros. Where matrix products want a multiple of rows (FP8: 16),
-the sender adds rows of zeros for each expert, which are nobody's pair. Trips take turns with other computations
-(:mod:`parallel.turns`).
+It counts, splits and sorts; what is ours is the exchange (:mod:`parallel.dispatch.travel`), which takes turns with
+other computations, and the local permutation on either side of it. A pair may be left out: it is not sent, and comes
+back as a row of zeros. Where matrix products want a multiple of rows (FP8: 16), the sender adds rows of zeros for each
+expert, which are nobody's pair.
 """
 
 from __future__ import annotations
