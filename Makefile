@@ -43,6 +43,7 @@ test: .venv/.installed-tests
 
 # With the interpreter as it is: a GPU's torch and Transformer Engine are not of this Makefile's making. -s shows what was measured.
 test-gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU here')"
 	$(PYTHON) -m pytest -s tests/gpu
 
 # torch comes first and on its own: the version that constraints.txt pins has a build for CPUs, while a newer one, which

@@ -236,14 +236,14 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from moe_train.config import load_model
-    from moe_train.profile.run import device_name
+    from parallel.engine import device_name
 
     whole = load_model(arguments.model)
     layers = arguments.layers or fitted_layers(whole, arguments)
     return {
         "benchmark": "h100_step",
         "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.cuda.is_available()),
+        "device": device_name(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -327,7 +327,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from moe_train.config import load_model
-    from moe_train.profile.run import device_name, time_steps
+    from moe_train.profile.run import time_steps
+    from parallel.engine import device_name
 
     model = load_model(arguments.model).model_copy(update={"num_layers": arguments.layers})
     gpu = torch.cuda.is_available()
@@ -356,7 +357,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             with contestant.balanced() if kind == "balanced" else nullcontext():
                 found.update(look_inside(step, f"{name}-{kind}", arguments))
     return {
-        "device": device_name(gpu),
+        "device": device_name(),
         "parameters": contestant.parameters,
         "flops_per_token": contestant.model.flops_per_token(arguments.sequence_length),
         **measured,

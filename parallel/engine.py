@@ -73,6 +73,11 @@ def use_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name() -> str:
+    """What this process trains on: the GPU's name, or ``CPU``."""
+    return torch.cuda.get_device_name() if use_cuda() else "CPU"
+
+
 def start(
     layout: Layout, *, seed: int, deterministic: bool = False, timeout: timedelta = timedelta(minutes=30)
 ) -> Topology:

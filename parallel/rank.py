@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,7 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_before_start)
     _open_log(rank, log_dir)
+    warnings.formatwarning = lambda message, category, file, line, *_: f"warning: {message} ({file}:{line})\n"
     try:
         module, _, function = target.partition(":")
         call = getattr(importlib.import_module(module), function)

@@ -17,7 +17,11 @@ from parallel.rank_env import free_port
 
 
 class RankPool:
-    """``nproc`` ranks on this machine, gloo over loopback, one thread each.
+    """``nproc`` ranks on this machine, over loopback, one thread each.
+
+    Args:
+        timeout: seconds that a call may take.
+        prepare: ``package.module:function`` that each rank calls when it starts, before anything else.
 
     Example::
 
@@ -25,8 +29,8 @@ class RankPool:
             losses = pool.run("tests.layouts:losses", tensor=2)  # one result a rank, in rank order
     """
 
-    def __init__(self, nproc: int, timeout: float = 240.0):
-        self.nproc, self.timeout = nproc, timeout
+    def __init__(self, nproc: int, timeout: float = 240.0, prepare: str | None = None):
+        self.nproc, self.timeout, self.prepare = nproc, timeout, prepare
         self._ranks: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> RankPool:
@@ -43,6 +47,8 @@ class RankPool:
         """
         if not self._ranks:
             self._start()
+            if self.prepare:
+                self.run(self.prepare)
         for _, pipe in self._ranks:
             pipe.send((target, args, kwargs))
         results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,19 +45,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: FIRST.index(shares[item]) if shares[item] in FIRST else len(FIRST))
 
 
-@pytest.fixture(scope="session")
-def ranks():
-    """``ranks(n)``: a pool of n ranks, started at its first use."""
+def _pools(prepare: str | None = None) -> Iterator[Callable[[int], RankPool]]:
+    """Pools by their number of ranks, each started at its first use; ``prepare`` is what its ranks call first."""
     pools: dict[int, RankPool] = {}
 
     def pool(nproc: int) -> RankPool:
         if nproc not in pools:
-            pools[nproc] = RankPool(nproc)
+            pools[nproc] = RankPool(nproc, prepare=prepare)
         return pools[nproc]
 
     yield pool
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(n)``: a pool of n ranks."""
+    yield from _pools()
+
+
+@pytest.fixture(scope="session")
+def gpu_ranks():
+    """``gpu_ranks(n)``: the same, each with what looks like a GPU."""
+    yield from _pools("tests.cuda_look_alike:install")
 
 
 @pytest.fixture(scope="session")

@@ -96,13 +96,14 @@ def run_steps(
     figures = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        windows = torch.randint(0, vocab_size, (global_batch, 16), generator=generator)
+        windows = torch.randint(0, vocab_size, (global_batch, 16), generator=generator).to(topology.device)
         optimizer.zero_grad()
         monitor.reset()
         depths.reset()
         loss = stepper.train(list(windows.split(micro_batch))[topology.data_rank :: data])
         norm = optimizer.gradient_norm()
-        parts = [torch.tensor([loss / topology.layout.tensor]).double(), monitor.totals, depths.totals]
+        own = torch.tensor([loss / topology.layout.tensor], device=topology.device).double()
+        parts = [own, monitor.totals, depths.totals]
         loss, routers, through = topology.sum_over_world(torch.cat(parts)).split([len(part) for part in parts])
         optimizer.update(lr, norm)
         count = global_batch // micro_batch
@@ -241,7 +242,7 @@ def evaluate_between_steps(layout: dict, **options) -> list[float]:
     config = small_model()
     built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, **options)
     windows = torch.randint(0, config.vocab_size, (MICRO_BATCH, 16), generator=torch.Generator().manual_seed(99))
-    losses = []
+    windows, losses = windows.to(built[-1].device), []
     for step in range(3):
         losses.append(run_steps(built, range(step, step + 1), config.vocab_size)[0]["loss"])
         losses += built[1].evaluate([windows]).tolist()

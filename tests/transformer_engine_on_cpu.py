@@ -1,23 +1,17 @@
-"""Transformer Engine's layers without a GPU: its Python as it is, its C++ module replaced by torch on the CPU.
+"""Transformer Engine on what looks like a GPU: its Python as it is, its C++ module replaced by torch.
 
 What is real: its modules, autograd functions, recipes, FP8 tensors, the caching of quantised weights, the accumulation
-into ``main_grad``. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the scales of
+into ``main_grad``, its Adam. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the scales of
 per-tensor recipes (``delayed``, ``tensorwise``); products of its numbers are summed in fp32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
-from collections import Counter
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
-from unittest import mock
 
 import torch
-
-calls: Counter[str] = Counter()
-"""Functions of the C++ module that were called."""
 
 
 def train(
@@ -95,6 +89,36 @@ def bytes_of_fp8_weights() -> tuple[int, int]:
     return _run({}, 0, "tensorwise", "transformer_engine", {}, counted)
 
 
+def refusal(recipe: str | None) -> str:
+    """What the start of a run with an FP8 recipe says where the device cannot do it; empty where it can."""
+    from parallel.errors import EngineError
+    from parallel.transformer_engine import choose_kernels
+
+    try:
+        assert choose_kernels(None, recipe) == "transformer_engine"
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def built(preset: str, recipe: str | None) -> dict:
+    """What a preset is made of, its layers on the meta device."""
+    from moe_train.config import load_model
+    from moe_train.model.build import build_model
+    from moe_train.model.options import ModelOptions
+    from parallel import engine
+    from tests import steps_on_ranks
+
+    topology = dataclasses.replace(engine.start(steps_on_ranks.make_layout(1), seed=1), device=torch.device("meta"))
+    options = ModelOptions(dtype=torch.bfloat16, kernels="transformer_engine", fp8_recipe=recipe)
+    (model,) = build_model(load_model(preset), topology, options)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "names": {parameter.placement.name for parameter in model.parameters()},
+        "modules": {type(module).__name__ for module in model.modules()},
+    }
+
+
 def _run(layout: dict, steps: int, recipe: str | None, kernels: str, options: dict, then=None) -> list[dict]:
     from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig
     from tests import steps_on_ranks
@@ -110,80 +134,30 @@ def _run(layout: dict, steps: int, recipe: str | None, kernels: str, options: di
     def figures(numbers: range) -> list[dict]:
         return steps_on_ranks.run_steps(built, numbers, model.vocab_size, micro_batch=32, global_batch=64)
 
-    from parallel import engine
-
-    topology = engine.start(layout, seed=1)  # before the device looks like a GPU
-    with transformer_engine_on_the_cpu(), mock.patch.object(engine, "start", lambda *_, **__: topology):
-        built = steps_on_ranks.build(layout, model, **options)
-        built[1].micro_batch_size = 32
-        first = figures(range(steps))
-        return first if then is None else then(built, figures)
-
-
-@contextmanager
-def transformer_engine_on_the_cpu():
-    """In it Transformer Engine's layers are built and compute on the CPU."""
-    hidden = {name: "0" for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN")}  # leaves its attention in plain torch
-    with ExitStack() as stack, mock.patch.dict(os.environ, hidden):
-        import transformer_engine.pytorch  # noqa: F401
-        import transformer_engine.pytorch.distributed as distributed
-        import transformer_engine_torch as extension
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    if torch.cuda.is_available():
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()  # it remembers earlier models of this process
-        get_cuda_rng_tracker().reset()  # as on a CPU, where nobody seeds it
-        calls.clear()
-        originals = {function.__name__: getattr(extension, function.__name__) for function in FUNCTIONS}
-        for function in FUNCTIONS:
-            counted = _counted(function)
-            for module in [each for name, each in sys.modules.items() if name.startswith("transformer_engine")]:
-                if vars(module).get(function.__name__) is originals[function.__name__]:
-                    stack.enter_context(mock.patch.object(module, function.__name__, counted))
-        hopper = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
-        answers = {
-            "get_device_properties": hopper,
-            "get_device_capability": (9, 0),
-            "is_current_stream_capturing": False,
-        }
-        for name, value in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=value)))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", _is_available))
-        stack.enter_context(mock.patch.object(distributed, "_get_cuda_rng_state", lambda **_: torch.get_rng_state()))
-        stack.enter_context(mock.patch.object(distributed, "_set_cuda_rng_state", lambda *_, **__: None))
-        for name in ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like", "zeros_like"):
-            stack.enter_context(mock.patch.object(torch, name, _on_the_cpu(getattr(torch, name))))
-        stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
-        stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(_is_cuda)))
-        yield
+    built = steps_on_ranks.build(layout, model, **options)
+    made_by = {type(part.optimizer).__module__.partition(".")[0] for part in built[2]._parts}
+    assert made_by == {"transformer_engine" if torch.cuda.is_available() else "torch"}
+    built[1].micro_batch_size = 32
+    first = figures(range(steps))
+    return first if then is None else then(built, figures)
 
 
-def _on_the_cpu(factory):
-    """``factory``, on the CPU where a GPU is asked for."""
+def install() -> None:
+    """Have Transformer Engine compute with these functions, for the rest of the process."""
+    for name in ("FLASH_ATTN", "FUSED_ATTN", "MASKED_SOFTMAX_FUSION"):
+        os.environ[f"NVTE_{name}"] = "0"  # leaves its attention in plain torch
+    import transformer_engine.pytorch  # noqa: F401
+    import transformer_engine_torch as extension
 
-    def make(*args, device=None, **kwargs):
-        if device is not None:
-            kwargs["device"] = "cpu" if torch.device(device).type == "cuda" else device
-        return factory(*args, **kwargs)
-
-    return make
-
-
-def _is_available() -> bool:
-    return "transformer_engine" in sys._getframe(1).f_globals["__name__"]
-
-
-def _is_cuda(tensor: torch.Tensor) -> bool:
-    """Transformer Engine takes tensors of the CPU for CUDA's."""
-    return "transformer_engine" in sys._getframe(1).f_globals["__name__"]
-
-
-def _counted(function):
-    def call(*args, **kwargs):
-        calls[function.__name__] += 1
-        return function(*args, **kwargs)
-
-    return call
+    for function in FUNCTIONS:
+        original = getattr(extension, function.__name__)
+        for module in [each for name, each in sys.modules.items() if name.startswith("transformer_engine")]:
+            if vars(module).get(function.__name__) is original:
+                setattr(module, function.__name__, function)
 
 
 # ---- the functions of the C++ module, with its arguments
@@ -252,9 +226,9 @@ def create_empty_quantized_tensor(quantizer, shape, dtype, *_):
 
     columns = (shape[-1], *shape[:-1])
     parts = {
-        "data": torch.empty(tuple(shape), dtype=torch.uint8) if quantizer.rowwise_usage else None,
-        "data_transpose": torch.empty(columns, dtype=torch.uint8) if quantizer.columnwise_usage else None,
-        "fp8_scale_inv": torch.ones(1),
+        "data": torch.empty(tuple(shape), dtype=torch.uint8, device="cuda") if quantizer.rowwise_usage else None,
+        "data_transpose": torch.empty(columns, dtype=torch.uint8, device="cuda") if quantizer.columnwise_usage else None,
+        "fp8_scale_inv": torch.ones(1, device="cuda"),
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,
     }
@@ -291,6 +265,16 @@ def rmsnorm_bwd(grad, x, scale, weight, *_):
     return (scale.unsqueeze(-1) * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype), grad_weight
 
 
+def multi_tensor_adam(chunk, skip, lists, lr, beta1, beta2, eps, step, decoupled, correct, decay):
+    """AdamW of fp32 gradients, parameters and moments."""
+    assert decoupled and correct
+    for grad, parameter, moment, square in zip(*lists):
+        moment.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2**step)).sqrt_().add_(eps)
+        parameter.add_(moment / (1 - beta1**step) / root + decay * parameter, alpha=-lr)
+
+
 FUNCTIONS = (
     generic_gemm,
     te_general_grouped_gemm,
@@ -301,6 +285,7 @@ FUNCTIONS = (
     fused_amax_and_scale_update_after_reduction,
     rmsnorm_fwd,
     rmsnorm_bwd,
+    multi_tensor_adam,
 )
 
 

@@ -97,7 +97,7 @@ def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) ->
         totals = topology.sum_over_world(trainer.depths.totals.clone())
         through = parts_through(trainer.depths.figures(totals, run.tokens_per_step))
         flops = run.model.flops_per_token(run.mixture.sequence_length, through)
-        throughput = Throughput(layout.world_size, device_name(topology.device.type == "cuda"))
+        throughput = Throughput(layout.world_size, engine.device_name())
         return throughput.measure(run.tokens_per_step, seconds, flops)
 
     result = profile_steps(step, steps, topology, speed, Path(out))
@@ -134,6 +134,8 @@ def profile_steps(
         speed: turns the seconds of the last step into what `Throughput.measure` gives; every rank calls it.
         out: where each rank leaves what :func:`record_steps` writes.
     """
+    from parallel import engine
+
     gpu = topology.device.type == "cuda"
     for _ in range(2):
         step()
@@ -141,7 +143,7 @@ def profile_steps(
     recorded = record_steps(step, steps, gpu, out, topology.rank)
     figures = speed(plain)
     return StepProfile(
-        device=device_name(gpu),
+        device=engine.device_name(),
         step_seconds=plain,
         **vars(recorded),
         peak_memory=peak_memory(gpu),
@@ -226,13 +228,6 @@ def render(result: StepProfile, world_size: int, out: str) -> str:
         f"{out}/kernels_rank_*.txt",
     ]
     return "\n".join(lines)
-
-
-def device_name(gpu: bool) -> str:
-    """The name of the GPU, or ``CPU``."""
-    import torch
-
-    return torch.cuda.get_device_name() if gpu else "CPU"
 
 
 def peak_memory(gpu: bool) -> int:

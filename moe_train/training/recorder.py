@@ -6,8 +6,6 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moe_train.errors import StoppedError
 from moe_train.resume_rules import Change
 from moe_train.training.console import Console
@@ -16,6 +14,7 @@ from moe_train.training.slow_ranks import SlowRanks
 from moe_train.training.throughput import Throughput
 from moe_train.training.tracking import Trackers
 from moe_train.training.trainer import Trainer
+from parallel import engine
 from parallel.spawn import rank_log_path
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ class Recorder:
         self.trainer, self.folder = trainer, trainer.folder
         config, topology = trainer.config, trainer.topology
         self.active, self._fence = topology.rank == 0, fence
-        cuda = topology.device.type == "cuda"
-        self._throughput = Throughput(topology.layout.world_size, torch.cuda.get_device_name() if cuda else "cpu")
+        self._throughput = Throughput(topology.layout.world_size, engine.device_name())
         hosts = topology.gather(socket.gethostname())
         if not self.active:
             return
@@ -174,7 +172,10 @@ class Recorder:
     def _announce(self, start: int, changes: list[Change]) -> None:
         trainer, say = self.trainer, self.console.say
         config, position = trainer.config, trainer.position
-        say(f"{config.output_dir}: start {start}, {trainer.topology.layout.describe()}, {config.training.precision}")
+        say(
+            f"{config.output_dir}: start {start}, {trainer.topology.layout.describe()}, {config.training.precision} on "
+            f"{engine.device_name()}"
+        )
         say(f"model: {config.model.num_parameters():,} parameters, {config.model.num_active_parameters():,} active")
         if trainer.resumed_from is not None:
             say(

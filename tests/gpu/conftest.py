@@ -1,4 +1,5 @@
-"""Two sides: a rank on the CPU, and one on the GPU where there is one. What needs the latter is marked ``gpu``."""
+"""Two sides: a rank on the CPU, and one on the GPU; where there is none on what looks like one. What needs a real one is
+marked ``gpu``."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from parallel.testing import RankPool
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and not what looks like one")
+
+
+def pytest_report_header() -> str:
+    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; tests/cuda_look_alike.py"
+    return f"GPU of tests/gpu: {found}"
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -31,7 +37,8 @@ def side() -> Iterator[Callable]:
         if fresh and device in pools:
             pools.pop(device).close()
         if device not in pools:
-            pools[device] = RankPool(1, timeout=400)
+            alike = device == "cuda" and not torch.cuda.is_available()
+            pools[device] = RankPool(1, timeout=400, prepare="tests.cuda_look_alike:install" if alike else None)
         with pytest.MonkeyPatch.context() as environment:
             if device == "cpu":  # its process inherits this when it starts
                 environment.setenv("CUDA_VISIBLE_DEVICES", "")

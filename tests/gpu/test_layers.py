@@ -6,7 +6,6 @@ import pytest
 
 from tests.gpu.comparisons import distance
 
-gpu = pytest.mark.gpu
 KINDS = ["norm", "column", "row", "grouped", "attention"]
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
 TF32 = 2e-3
@@ -21,7 +20,6 @@ def compare(side, kind: str, found: dict, wanted: dict) -> dict[str, float]:
     return {name: distance(first[name].reshape(second[name].shape), second[name]) for name in second}
 
 
-@gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformer_engine(side, kind, precision) -> None:
@@ -34,7 +32,7 @@ def test_transformer_engine(side, kind, precision) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_fp32_on_a_cpu(side, kind, device, precision) -> None:
     apart = compare(

@@ -13,7 +13,7 @@ from tests.gpu.comparisons import BF16, FP32, assert_close, assert_curve_follows
 from tests.gpu.on_a_side import model
 
 gpu = pytest.mark.gpu
-DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+DEVICES = ["cpu", "cuda"]
 STEPS = 12
 BF16_CURVE, FP8_CURVE = 0.06, 0.12
 """Of each loss, relative to the CPU's bf16 curve. The model learns four batches by heart, which multiplies small
@@ -58,7 +58,6 @@ def test_bf16(side, on_cpu, device) -> None:
     assert typical_distance(found["logits"], on_cpu["logits"]) > FP32.logits, "this was fp32"
 
 
-@gpu
 def test_bf16_with_transformer_engine(side, on_cpu) -> None:
     pytest.importorskip("transformer_engine")
     assert_close(side("cuda", "outputs", precision="bf16", kernels="transformer_engine"), on_cpu, BF16)
@@ -69,8 +68,7 @@ def test_bf16_by_loss(side, bf16_curve, device) -> None:
     assert_curve_follows(side(device, "curve", STEPS, precision="bf16"), bf16_curve, BF16_CURVE)
 
 
-@gpu
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", *(pytest.param(name, marks=gpu) for name in ("blockwise", "mxfp8"))])
 def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
     pytest.importorskip("transformer_engine")
     reason = side("cuda", "why_not", recipe)

@@ -9,7 +9,7 @@ import pytest
 from tests.gpu.comparisons import spread
 
 gpu = pytest.mark.gpu
-DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+DEVICES = ["cpu", "cuda"]
 STEPS, MORE = 3, 3  # before the checkpoint and after it
 SPREAD = 0.05
 """Of losses of one run twice on a GPU, without `training.deterministic`."""
@@ -18,7 +18,7 @@ SPREAD = 0.05
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on"),
-    [("cpu", "cpu"), *(pytest.param(*way, marks=gpu) for way in [("cpu", "cuda"), ("cuda", "cpu")])],
+    [("cpu", "cpu"), ("cpu", "cuda"), ("cuda", "cpu")],
 )
 def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, precision) -> None:
     went_on = side(saved_on, "save", str(tmp_path), STEPS, MORE, precision=precision)
@@ -28,7 +28,7 @@ def test_a_checkpoint_goes_on_elsewhere(side, tmp_path, saved_on, resumed_on, pr
     assert resumed == pytest.approx(went_on, rel=limit, abs=0.0)
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("transformer_engine", marks=gpu)])
+@pytest.mark.parametrize("kernels", ["torch", "transformer_engine"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_spread_of_two_runs(side, device, deterministic, kernels, record_property) -> None:

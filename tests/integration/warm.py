@@ -29,11 +29,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WarmServer:
-    """The process that has imported everything, and what to ask of it."""
+    """The process that has imported everything, and what to ask of it.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: it and what it starts have what looks like a GPU.
+    """
+
+    def __init__(self, gpu: bool = False) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.integration.warm"]
+        command = [sys.executable, "-m", "tests.integration.warm", *["gpu"] * gpu]
+        # Its attention in plain torch: the kernels are not there.
+        self._own = {f"NVTE_{name}": "0" for name in ("FLASH_ATTN", "FUSED_ATTN", "MASKED_SOFTMAX_FUSION")} if gpu else {}
         self._process = subprocess.Popen(
             command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -45,7 +51,7 @@ class WarmServer:
         self._count += 1
         output = f"{self._said.name}/{self._count}"
         Path(output).touch()  # it may be killed before it has opened it
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._own}
         pid = self.ask(start=arguments, folder=str(folder), output=output, environment=environment)
         return WarmStart(self, pid, Path(output))
 
@@ -162,6 +168,8 @@ def _end_with(run) -> NoReturn:
 
 def _serve() -> None:
     """Answer requests, one line of JSON each, until nobody asks any more."""
+    if sys.argv[1:] == ["gpu"]:
+        importlib.import_module("tests.cuda_look_alike").install()
     from parallel import spawn
 
     for module in ("parallel.engine", "moe_train.cli", "moe_train.training.run", "moe_train.training.loop"):

@@ -5,7 +5,6 @@ Where it is installed (Python 3.12, a torch with CUDA): elsewhere the choice alo
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_train.config import load_model
 from moe_train.model.depth_config import DepthConfig
 from parallel.errors import EngineError
-from tests.h100_look_alike import looks_like_an_h100
+from parallel.transformer_engine import RECIPES, choose_kernels, row_multiple
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed (extra [gpu])"
@@ -25,7 +25,6 @@ ON_CPU = "tests.transformer_engine_on_cpu"
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_torch_and_what_needs_one_is_refused():
-    from parallel.transformer_engine import choose_kernels
 
     assert choose_kernels(None, None) == choose_kernels("torch", None) == "torch"
     with pytest.raises(EngineError, match="kernels: transformer_engine needs a GPU"):
@@ -36,7 +35,6 @@ def test_without_a_gpu_it_is_torch_and_what_needs_one_is_refused():
 
 def test_on_a_gpu_it_is_what_is_installed(monkeypatch):
     from parallel import transformer_engine
-    from parallel.transformer_engine import choose_kernels
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for version, kernels in ((None, "torch"), ("2.8.1", "torch"), ("2.20.2", "transformer_engine")):
@@ -69,39 +67,31 @@ def test_fp8_that_megatron_core_would_leave_out_in_silence_is_an_error(monkeypat
 
 
 @installed
-def test_the_device_decides_on_the_recipe():
-    from parallel.transformer_engine import choose_kernels, row_multiple
-
-    with looks_like_an_h100():
-        for recipe in ("delayed", "tensorwise", "blockwise"):
-            assert choose_kernels(None, recipe) == "transformer_engine" and row_multiple(recipe) == 16
-        with pytest.raises(
-            EngineError, match=r"mxfp8 is not for NVIDIA H100.*: set delayed or tensorwise or blockwise"
-        ):
-            choose_kernels(None, "mxfp8")
-    assert row_multiple("mxfp8") == 32 and row_multiple(None) == 1
+def test_the_device_decides_on_the_recipe(gpu_ranks):
+    refusals = {name: gpu_ranks(1).run(f"{ON_CPU}:refusal", name)[0] for name in (None, *RECIPES)}
+    assert "mxfp8 is not for NVIDIA H100" in refusals["mxfp8"]
+    assert "set delayed or tensorwise or blockwise" in refusals.pop("mxfp8")
+    assert not any(refusals.values()), refusals
+    assert {recipe: row_multiple(recipe) for recipe in (None, *RECIPES)} == {
+        None: 1,
+        "delayed": 16,
+        "tensorwise": 16,
+        "blockwise": 16,
+        "mxfp8": 32,
+    }
 
 
 @installed
 @pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise"])
 @pytest.mark.parametrize("preset", ["jetmoe_8b", "olmoe_1b_7b", "skywork_dense_13b"])
-def test_models_are_built_for_an_h100(topology, preset, recipe):
-    """On the meta device: every parameter placed, none twice, none missing."""
-    from moe_train.config import load_model
-    from moe_train.model.build import build_model
-    from moe_train.model.options import ModelOptions
-
+def test_models_are_built_for_an_h100(gpu_ranks, preset, recipe):
+    """Every parameter placed, none twice, none missing."""
+    (built,) = gpu_ranks(1).run(f"{ON_CPU}:built", preset, recipe)
     config = load_model(preset)
-    options = ModelOptions(dtype=torch.bfloat16, kernels="transformer_engine", fp8_recipe=recipe)
-    with looks_like_an_h100():
-        (model,) = build_model(config, dataclasses.replace(topology, device=torch.device("meta")), options)
-    parameters = list(model.parameters())
-    assert all(parameter.is_meta for parameter in parameters)
-    assert sum(parameter.numel() for parameter in parameters) == config.num_parameters()
-    assert {parameter.placement.name for parameter in parameters} == set(config.parameter_shapes())
-    names = {type(module).__name__ for module in model.modules()}
-    assert {"TEColumnParallelLinear", "TEDotProductAttention", "RMSNorm"} <= names
-    assert ("TERowParallelLinear" if preset == "skywork_dense_13b" else "TEGroupedLinear") in names
+    assert built["parameters"] == config.num_parameters()
+    assert built["names"] == set(config.parameter_shapes())
+    assert {"TEColumnParallelLinear", "TEDotProductAttention", "RMSNorm"} <= built["modules"]
+    assert ("TERowParallelLinear" if preset == "skywork_dense_13b" else "TEGroupedLinear") in built["modules"]
 
 
 @installed
@@ -116,33 +106,34 @@ def test_models_are_built_for_an_h100(topology, preset, recipe):
         ({"pipeline": 2}, {}),
     ],
 )
-def test_the_curve_is_that_of_torchs_kernels(ranks, layout, options):
+def test_the_curve_is_that_of_torchs_kernels(ranks, gpu_ranks, layout, options):
     world_size = 2 if layout else 1
     expected = ranks(1).run(f"{ON_CPU}:train", {}, kernels="torch")[0]
-    for step, wanted in zip(ranks(world_size).run(f"{ON_CPU}:train", layout, **options)[0], expected):
+    for step, wanted in zip(gpu_ranks(world_size).run(f"{ON_CPU}:train", layout, **options)[0], expected):
         for figure in ("loss", "balance", "z", "norm"):
             assert step[figure] == pytest.approx(wanted[figure], rel=1e-4), figure
 
 
 @installed
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"recompute": "selective"}])
-def test_micro_batches_that_take_turns_are_all_counted(ranks, options):
+def test_micro_batches_that_take_turns_are_all_counted(gpu_ranks, options):
     """The backward of the last comes first: no gradient may take the place of what is there."""
     apart, in_turn = (
-        ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, in_turn=n, **options)[0] for n in (1, 2)
+        gpu_ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, in_turn=n, **options)[0] for n in (1, 2)
     )
+    near = 3e-2 if "precision" in options else 1e-4
     for step, wanted in zip(in_turn, apart):
-        assert step["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
-        assert step["norm"] == pytest.approx(wanted["norm"], rel=1e-2)
+        assert step["loss"] == pytest.approx(wanted["loss"], rel=near / 10)
+        assert step["norm"] == pytest.approx(wanted["norm"], rel=near)
 
 
 @installed
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_fp8_stays_near_bf16(ranks, recipe):
+def test_fp8_stays_near_bf16(ranks, gpu_ranks, recipe):
     expected = ranks(1).run(f"{ON_CPU}:train", {}, kernels="torch", precision="bf16")[0]
-    curve = ranks(1).run(f"{ON_CPU}:train", {}, recipe=recipe)[0]
-    again = ranks(1).run(f"{ON_CPU}:train", {}, recipe=recipe, recompute="full")[0]
-    across = ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, recipe=recipe)[0]
+    curve = gpu_ranks(1).run(f"{ON_CPU}:train", {}, recipe=recipe)[0]
+    again = gpu_ranks(1).run(f"{ON_CPU}:train", {}, recipe=recipe, recompute="full")[0]
+    across = gpu_ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, recipe=recipe)[0]
     for step, wanted, same, other in zip(curve, expected, again, across):
         assert step["loss"] == pytest.approx(wanted["loss"], rel=1e-2) and step["loss"] != wanted["loss"]
         assert (step["loss"], step["norm"]) == (same["loss"], same["norm"]), "recomputation changes it"
@@ -150,12 +141,12 @@ def test_fp8_stays_near_bf16(ranks, recipe):
 
 
 @installed
-def test_some_tokens_pass_layers_by(ranks):
+def test_some_tokens_pass_layers_by(ranks, gpu_ranks):
     """Whatever number of them goes through: it is filled up to what FP8 products take."""
     options = {"depth": DepthConfig(initial_gate=0.5)}
     expected = ranks(1).run(f"{ON_CPU}:train", {}, kernels="torch", **options)[0]
-    across = ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, **options)[0]
-    in_fp8 = ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, recipe="tensorwise", **options)[0]
+    across = gpu_ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, **options)[0]
+    in_fp8 = gpu_ranks(2).run(f"{ON_CPU}:train", {"tensor": 2, "expert": 2}, recipe="tensorwise", **options)[0]
     for step, wanted, rounded in zip(across, expected, in_fp8):
         assert 0.1 < wanted["depths"]["layers.1"]["through"] < 0.9
         assert step["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
@@ -163,8 +154,8 @@ def test_some_tokens_pass_layers_by(ranks):
 
 
 @installed
-def test_every_product_of_a_layer_runs_in_fp8(ranks):
-    ours, of_torch = ranks(1).run(f"{ON_CPU}:products", "tensorwise")[0], ranks(1).run(f"{ON_CPU}:products", None)[0]
+def test_every_product_of_a_layer_runs_in_fp8(gpu_ranks):
+    ours, of_torch = (gpu_ranks(1).run(f"{ON_CPU}:products", recipe)[0] for recipe in ("tensorwise", None))
     layers, micro_batches = 4, 2
     assert ours == [layers * micro_batches * 3 * (4 + 1)] * 2, (
         "4 grouped ones and that of keys and values, three times each"
@@ -173,20 +164,20 @@ def test_every_product_of_a_layer_runs_in_fp8(ranks):
 
 
 @installed
-def test_the_planner_knows_what_fp8_weights_take(ranks):
-    held, planned = ranks(1).run(f"{ON_CPU}:bytes_of_fp8_weights")[0]
+def test_the_planner_knows_what_fp8_weights_take(gpu_ranks):
+    held, planned = gpu_ranks(1).run(f"{ON_CPU}:bytes_of_fp8_weights")[0]
     assert held == planned > 0
 
 
 @installed
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_a_resume_in_fp8_is_bit_for_bit(ranks, tmp_path, recipe):
+def test_a_resume_in_fp8_is_bit_for_bit(gpu_ranks, tmp_path, recipe):
     """The scales that delayed scaling remembers are in the checkpoint, and go to other layouts with it."""
-    more = ranks(2).run(f"{ON_CPU}:save", {"expert": 2}, str(tmp_path), 3, 2, recipe=recipe)[0]
+    more = gpu_ranks(2).run(f"{ON_CPU}:save", {"expert": 2}, str(tmp_path), 3, 2, recipe=recipe)[0]
     checkpoint = str(tmp_path / "iter_0000003")
-    same = ranks(2).run(f"{ON_CPU}:resume", {"expert": 2}, checkpoint, 3, 2, recipe=recipe)[0]
+    same = gpu_ranks(2).run(f"{ON_CPU}:resume", {"expert": 2}, checkpoint, 3, 2, recipe=recipe)[0]
     assert [step["loss"] for step in same] == [step["loss"] for step in more]
     for layout, world_size in (({}, 1), ({"tensor": 2}, 2), ({"pipeline": 2}, 2)):
-        other = ranks(world_size).run(f"{ON_CPU}:resume", layout, checkpoint, 3, 2, recipe=recipe)[0]
+        other = gpu_ranks(world_size).run(f"{ON_CPU}:resume", layout, checkpoint, 3, 2, recipe=recipe)[0]
         for step, wanted in zip(other, more):
             assert step["loss"] == pytest.approx(wanted["loss"], rel=5e-3)

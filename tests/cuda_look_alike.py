@@ -1,0 +1,446 @@
+"""A GPU to try programs on without one: every tensor lies in the host's memory, and those that a program puts on the GPU
+are kept apart from the others.
+
+:func:`install` changes torch for the rest of the process. ``torch.cuda`` then has one device. A tensor that was made
+with ``device="cuda"``, or came out of one, says so (``.device``, ``.is_cuda``); torch computes with it on the CPU. What
+would end a program on a GPU ends it here: an operation on tensors of both sides, ``.numpy()`` on the GPU's, and
+NCCL with the host's tensors or with what it has no collective for. Groups over NCCL exchange over gloo.
+
+Transformer Engine, where it is installed, computes by `tests.transformer_engine_on_cpu`.
+
+Not seen here: streams (nothing is ever late), kernels, and what a GPU's kernels refuse that a CPU's take.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+_there: dict[int, StorageWeakRef] = {}
+"""The storages on the GPU, by their address, which is nobody else's while the reference is there."""
+_pinned: dict[int, StorageWeakRef] = {}
+_WRAPS = "_wraps_tensors_of_the_gpu"
+"""Attribute of a tensor that is made of others."""
+_device_of = torch.Tensor.device.__get__
+_storage_of = torch._C.TensorBase.untyped_storage
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of the GPU's."""
+    return _WRAPS in vars(tensor) or _listed(_there, tensor)
+
+
+def _listed(where: dict[int, StorageWeakRef], tensor: torch.Tensor) -> bool:
+    if _device_of(tensor).type != "cpu" or tensor.layout != torch.strided:
+        return False
+    entry = where.get(_storage_of(tensor)._cdata)
+    return entry is not None and not entry.expired()
+
+
+def _list(where: dict[int, StorageWeakRef], tensor: torch.Tensor) -> None:
+    storage = _storage_of(tensor)
+    where[storage._cdata] = StorageWeakRef(storage)
+    if len(where) > 2 * _list.kept:
+        for key in [key for key, entry in where.items() if entry.expired()]:
+            del where[key]
+        _list.kept = max(1000, len(where))
+
+
+_list.kept = 1000
+
+
+def _place(result: Any, gpu: bool) -> Any:
+    """Note where the tensors of a result lie."""
+    for tensor in _tensors(result):
+        if gpu:
+            _list(_there, tensor)
+        else:
+            _there.pop(_storage_of(tensor)._cdata, None)
+    return result
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (each for each in tree_iter(values) if isinstance(each, torch.Tensor) and _device_of(each).type == "cpu")
+
+
+class Apart(TorchDispatchMode):
+    """The result of each operation lies where its operands do, and these on one side."""
+
+    MOVES = ("copy_", "_to_copy", "_foreach_copy_", "_foreach_copy", "lift_fresh", "set_", "_local_scalar_dense")
+    INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+    """Whose indices may lie on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(each.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for each in types):
+            return NotImplemented  # it is done with the tensors that theirs are made of
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            _check_collective(name, args)
+            return func(*args, **kwargs)
+        operands = list(_tensors(args[:1] + args[2:] if name in self.INDEXED else (args, kwargs)))
+        held = {_storage_of(each)._cdata for each in _tensors((args, kwargs))}
+        # A scalar of the host may meet the GPU's tensors, not the other way round.
+        sides = {on_gpu(each) for each in operands if each.dim() or on_gpu(each)}
+        if len(sides) > 1 and name not in self.MOVES:
+            found = ", ".join(f"{tuple(each.shape)} on the {'GPU' if on_gpu(each) else 'host'}" for each in operands)
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {found}")
+        gpu = True in sides or not operands and not _local.called and torch._C._current_graph_task_id() != -1
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        result = _in_fp32(func, args, kwargs) if "out_dtype" in kwargs else func(*args, **kwargs)
+        for tensor in _tensors(result):
+            if _storage_of(tensor)._cdata not in held:
+                _place(tensor, gpu)
+        return result
+
+
+def _in_fp32(func, args, kwargs):
+    """A product of bf16 matrices with a result in fp32, which CPUs do not have."""
+    out_dtype = kwargs.pop("out_dtype")
+    return func(*(each.to(out_dtype) if isinstance(each, torch.Tensor) else each for each in args), **kwargs)
+
+
+# ---- collectives
+
+_backends: dict[str, str] = {}
+"""What a process group was asked to be, by its name."""
+NCCL_HAS_NO = ("monitored_barrier_", "recv_any_source_")
+
+
+def _check_collective(name: str, args: tuple) -> None:
+    group = next((dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)
+                  and "ProcessGroup" in str(each._type())), None)  # fmt: skip
+    backend = _backends.get(group.group_name) if group is not None else None
+    if backend is None or name == "barrier":
+        return
+    if backend == "nccl" and name in NCCL_HAS_NO:
+        raise RuntimeError(f"NCCL has no {name}")
+    for tensor in _tensors(args):
+        if on_gpu(tensor) != (backend == "nccl"):
+            raise RuntimeError(f"{name} over {backend}: a tensor {tuple(tensor.shape)} of {tensor.device}")
+        if backend == "nccl" and not tensor.is_contiguous():
+            raise RuntimeError(f"{name}: NCCL wants contiguous tensors")
+
+
+def _groups() -> None:
+    init, new = dist.init_process_group, dist.new_group
+
+    @functools.wraps(init)
+    def init_process_group(backend=None, *args, **kwargs):
+        init("gloo" if backend == "nccl" else backend, *args, **kwargs)
+        _backends[dist.group.WORLD.group_name] = backend
+
+    @functools.wraps(new)
+    def new_group(ranks=None, timeout=None, backend=None, pg_options=None, **kwargs):
+        backend = backend or _backends[dist.group.WORLD.group_name]
+        group = new(ranks, timeout, "gloo", None, **kwargs)
+        if isinstance(group, dist.ProcessGroup):
+            _backends[group.group_name] = backend
+        return group
+
+    get_backend = dist.get_backend
+
+    def backend_of(group=None):
+        name = (group or dist.group.WORLD).group_name
+        return _backends.get(name) or get_backend(group)
+
+    for module in (dist, dist.distributed_c10d):
+        module.init_process_group, module.new_group, module.get_backend = init_process_group, new_group, backend_of
+    device_of_group = dist.distributed_c10d._get_object_coll_device
+
+    def object_device(group=None):
+        return GPU if backend_of(group) == "nccl" else device_of_group(group)
+
+    dist.distributed_c10d._get_object_coll_device = object_device
+
+
+# ---- what says where
+
+
+def _is_gpu(device: Any) -> bool:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return device is not None and torch.device(device).type == "cuda"
+
+
+FACTORIES = (
+    "empty empty_strided zeros ones full arange linspace eye rand randn randint randperm tensor as_tensor "
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like tril_indices triu_indices"
+).split()
+NEW = "new_empty new_zeros new_ones new_full new_tensor new_empty_strided".split()
+
+
+def _factory(make: Callable) -> Callable:
+    """``make`` with a ``device`` that may be the GPU."""
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        device = kwargs.get("device")
+        pin = kwargs.pop("pin_memory", False)
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and getattr(generator, "of_gpu", False) != _is_gpu(device):
+            raise RuntimeError("the generator is of another device")
+        if device is not None and (_is_gpu(device) or torch.device(device).type == "cpu"):
+            kwargs["device"] = HOST
+            # What comes from a tensor's memory may be that tensor itself.
+            own = make.__name__ == "as_tensor" and isinstance(args[0], torch.Tensor)
+            result = (_move if own else _place)(_called(make, *args, **kwargs), _is_gpu(device))
+        else:
+            result = _called(make, *args, **kwargs)
+        if pin:
+            _list(_pinned, result)
+        return result
+
+    return made
+
+
+class _Local(threading.local):
+    called = False
+    """Whether a factory is called by name: others, of gradients that are zero, are autograd's own."""
+
+
+_local = _Local()
+
+
+def _called(make: Callable, *args, **kwargs) -> Any:
+    _local.called = True
+    try:
+        return make(*args, **kwargs)
+    finally:
+        _local.called = False
+
+
+def _move(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
+    """The tensor where it shall be: itself or a copy."""
+    if on_gpu(tensor) == gpu or _device_of(tensor).type != "cpu":
+        return tensor
+    return _place(_to(tensor, tensor.dtype, copy=True), gpu)
+
+
+_to = torch.Tensor.to
+
+
+def _tensor_to(self: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tensor:
+    """``Tensor.to`` in each of its forms."""
+    if args and isinstance(args[0], torch.Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype = device or self.device, dtype or self.dtype
+    if "cpu" not in (_device_of(self).type, device.type) and device.type != "cuda":
+        return _to(self, device, dtype, copy=copy, memory_format=memory_format)
+    copy = copy or device.type != self.device.type
+    result = _to(self, HOST, dtype, copy=copy, memory_format=memory_format or torch.preserve_format)
+    return _place(result, device.type == "cuda") if result is not self else self
+
+
+_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+def _make_wrapper(cls, *args, device=None, **kwargs) -> torch.Tensor:
+    gpu = _is_gpu(device)
+    made = _wrapper(cls, *args, device=HOST if gpu else device, **kwargs)
+    if gpu:
+        setattr(made, _WRAPS, True)
+    return made
+
+
+def _numpy(self: torch.Tensor, *args, **kwargs):
+    if on_gpu(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+    return _to_numpy(self, *args, **kwargs)
+
+
+_to_numpy = torch.Tensor.numpy
+_array = torch.Tensor.__array__
+
+
+def _as_array(self: torch.Tensor, *args, **kwargs):
+    if on_gpu(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+    return _array(self, *args, **kwargs)
+
+
+def _pin(self: torch.Tensor, device=None) -> torch.Tensor:
+    if on_gpu(self):
+        raise RuntimeError("cannot pin a tensor of the GPU: only dense CPU tensors can be pinned")
+    copy = self.clone()
+    _list(_pinned, copy)
+    return copy
+
+
+def _tensor_type(self: torch.Tensor, dtype=None, *args, **kwargs):
+    answer = _type(self, dtype, *args, **kwargs)
+    return answer.replace("torch.", "torch.cuda.", 1) if dtype is None and on_gpu(self) else answer
+
+
+_type = torch.Tensor.type
+
+
+def _device(self: torch.Tensor) -> torch.device:
+    return GPU if on_gpu(self) else _device_of(self)
+
+
+# ---- torch.cuda
+
+
+class Stream:
+    """On which everything is finished at once."""
+
+    cuda_stream, device = 0, GPU
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def wait_stream(self, stream):
+        pass
+
+    wait_event = wait_stream
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def record_event(self, event=None):
+        event = event or Event()
+        event.record()
+        return event
+
+
+class Event:
+    def __init__(self, *args, **kwargs):
+        self.at = None
+
+    def record(self, stream=None):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+
+_stream = Stream()
+
+
+@contextmanager
+def _on_stream(stream):
+    yield stream
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device=HOST):
+        made = torch._C.Generator.__new__(cls)
+        made.of_gpu = _is_gpu(device)
+        return made
+
+    @property
+    def device(self):
+        return GPU if self.of_gpu else HOST
+
+
+def _torch_cuda(capability: tuple[int, int]) -> None:
+    generator = Generator("cuda")
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=capability[0], minor=capability[1], total_memory=80 << 30,
+        multi_processor_count=132, warp_size=32, gcnArchName="", L2_cache_size=50 << 20,
+    )  # fmt: skip
+    answers = dict(
+        is_available=True, is_initialized=True, device_count=1, current_device=0, get_device_properties=properties,
+        get_device_capability=capability, get_device_name=properties.name, current_stream=_stream,
+        default_stream=_stream, is_current_stream_capturing=False, is_bf16_supported=True, memory_allocated=1 << 30,
+        max_memory_allocated=2 << 30, memory_reserved=3 << 30, max_memory_reserved=3 << 30,
+        mem_get_info=(70 << 30, 80 << 30), memory_stats={}, get_sync_debug_mode=0,
+        synchronize=None, set_device=None, init=None, _lazy_init=None, empty_cache=None,
+        reset_peak_memory_stats=None, set_stream=None, set_sync_debug_mode=None, ipc_collect=None,
+    )  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
+    torch.cuda._lazy_call = lambda call, **kwargs: call()
+    torch.cuda.Stream, torch.cuda.Event, torch.cuda.stream = Stream, Event, _on_stream
+    torch.cuda.default_generators = (generator,)
+    for module in (torch.cuda, torch.cuda.random):
+        module.manual_seed = module.manual_seed_all = lambda seed: generator.manual_seed(seed) and None
+        module.initial_seed = generator.initial_seed
+        module.get_rng_state = lambda device=None: generator.get_state()
+        module.set_rng_state = lambda state, device=None: generator.set_state(state) and None
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
+    torch.Generator = Generator
+    torch.cuda.nccl.version = lambda: (2, 27, 3)
+
+
+def _threads() -> None:
+    """Operations of every thread."""
+    run = threading.Thread.run
+
+    def in_mode(self):
+        with Apart():
+            run(self)
+
+    threading.Thread.run = in_mode
+
+
+_mode: Apart | None = None
+
+
+def install(capability: tuple[int, int] = (9, 0)) -> None:
+    """Give torch a GPU of this compute capability, once a process, before megatron-core is imported."""
+    global _mode
+    if _mode is not None:
+        return
+    _device_constructors()  # which keeps the factories as they are for `with torch.device(...)`
+    for name in FACTORIES:
+        setattr(torch, name, _factory(getattr(torch, name)))
+    for name in NEW:
+        setattr(torch.Tensor, name, _factory(getattr(torch.Tensor, name)))
+    patched = dict(
+        to=_tensor_to, numpy=_numpy, __array__=_as_array, pin_memory=_pin, type=_tensor_type,
+        cpu=lambda self, *args, **kwargs: _move(self, False),
+        cuda=lambda self, *args, **kwargs: _move(self, True),
+        is_pinned=lambda self, device=None: _listed(_pinned, self),
+        record_stream=lambda self, stream: None,
+        _make_wrapper_subclass=staticmethod(_make_wrapper),
+        get_device=lambda self: 0 if on_gpu(self) else -1,
+        device=property(_device), is_cuda=property(on_gpu), is_cpu=property(lambda self: _device(self).type == "cpu"),
+    )  # fmt: skip
+    for name, value in patched.items():
+        setattr(torch.Tensor, name, value)
+    _torch_cuda(capability)
+    _groups()
+    _threads()
+    _mode = Apart()
+    _mode.__enter__()
+    if importlib.util.find_spec("transformer_engine"):
+        from tests import transformer_engine_on_cpu
+
+        transformer_engine_on_cpu.install()
