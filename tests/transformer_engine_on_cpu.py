@@ -1,13 +1,14 @@
 """Transformer Engine on what looks like a GPU: its Python as it is, its C++ module replaced by torch.
 
 What is real: its modules, autograd functions, recipes, FP8 tensors, the caching of quantised weights, the accumulation
-into ``main_grad``, its Adam. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the scales of
-per-tensor recipes (``delayed``, ``tensorwise``); products of its numbers are summed in fp32.
+into ``main_grad``, its Adam. What is not: kernels and their speed. FP8 is rounded to as the hardware does, with the
+scales of per-tensor recipes (``delayed``, ``tensorwise``); products of its numbers are summed in fp32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 
@@ -224,10 +225,11 @@ def create_empty_quantized_tensor(quantizer, shape, dtype, *_):
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
+    numbers = functools.partial(torch.empty, dtype=torch.uint8, device="cuda")
     columns = (shape[-1], *shape[:-1])
     parts = {
-        "data": torch.empty(tuple(shape), dtype=torch.uint8, device="cuda") if quantizer.rowwise_usage else None,
-        "data_transpose": torch.empty(columns, dtype=torch.uint8, device="cuda") if quantizer.columnwise_usage else None,
+        "data": numbers(tuple(shape)) if quantizer.rowwise_usage else None,
+        "data_transpose": numbers(columns) if quantizer.columnwise_usage else None,
         "fp8_scale_inv": torch.ones(1, device="cuda"),
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,

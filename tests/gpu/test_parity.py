@@ -68,7 +68,9 @@ def test_bf16_by_loss(side, bf16_curve, device) -> None:
     assert_curve_follows(side(device, "curve", STEPS, precision="bf16"), bf16_curve, BF16_CURVE)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", *(pytest.param(name, marks=gpu) for name in ("blockwise", "mxfp8"))])
+@pytest.mark.parametrize(
+    "recipe", ["delayed", "tensorwise", *(pytest.param(name, marks=gpu) for name in ("blockwise", "mxfp8"))]
+)
 def test_fp8_by_loss(side, bf16_curve, recipe) -> None:
     pytest.importorskip("transformer_engine")
     reason = side("cuda", "why_not", recipe)

@@ -38,8 +38,6 @@ class WarmServer:
     def __init__(self, gpu: bool = False) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.integration.warm", *["gpu"] * gpu]
-        # Its attention in plain torch: the kernels are not there.
-        self._own = {f"NVTE_{name}": "0" for name in ("FLASH_ATTN", "FUSED_ATTN", "MASKED_SOFTMAX_FUSION")} if gpu else {}
         self._process = subprocess.Popen(
             command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -51,7 +49,7 @@ class WarmServer:
         self._count += 1
         output = f"{self._said.name}/{self._count}"
         Path(output).touch()  # it may be killed before it has opened it
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._own}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pid = self.ask(start=arguments, folder=str(folder), output=output, environment=environment)
         return WarmStart(self, pid, Path(output))
 
@@ -142,8 +140,9 @@ def _as_start(request: dict[str, Any]) -> int:
     from moe_train import cli
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    replaced = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"] | replaced)
     os.chdir(request["folder"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
