@@ -112,7 +112,8 @@ def expand_tasks_per_node(text: str) -> list[int]:
 def free_port() -> int:
     """A port of this machine for ranks to meet at, which nobody has. It is below the range from which the kernel gives
     one to whoever connects: of those it might be taken before the ranks have come to it."""
-    for port in [*random.sample(range(20000, 32000), 100), 0]:
+    # A generator that somebody has seeded would say the same in two processes.
+    for port in [*random.SystemRandom().sample(range(20000, 32000), 100), 0]:
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

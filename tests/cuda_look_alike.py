@@ -1,5 +1,5 @@
-"""A GPU to try programs on without one: every tensor lies in the host's memory, and those that a program puts on the GPU
-are kept apart from the others.
+"""A GPU to try programs on without one: every tensor lies in the host's memory, and those that a program puts on the
+GPU are kept apart from the others.
 
 :func:`install` changes torch for the rest of the process. ``torch.cuda`` then has one device. A tensor that was made
 with ``device="cuda"``, or came out of one, says so (``.device``, ``.is_cuda``); torch computes with it on the CPU. What

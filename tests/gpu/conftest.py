@@ -1,5 +1,5 @@
-"""Two sides: a rank on the CPU, and one on the GPU; where there is none on what looks like one. What needs a real one is
-marked ``gpu``."""
+"""Two sides: a rank on the CPU, and one on the GPU; where there is none, on what looks like one
+(`tests.cuda_look_alike`). What needs a real one is marked ``gpu``."""
 
 from __future__ import annotations
 
