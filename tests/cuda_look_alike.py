@@ -17,18 +17,21 @@ import functools
 import importlib.util
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+ROOT = Path(__file__).resolve().parents[1]
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 _there: dict[int, StorageWeakRef] = {}
@@ -56,7 +59,7 @@ def _list(where: dict[int, StorageWeakRef], tensor: torch.Tensor) -> None:
     storage = _storage_of(tensor)
     where[storage._cdata] = StorageWeakRef(storage)
     if len(where) > 2 * _list.kept:
-        for key in [key for key, entry in where.items() if entry.expired()]:
+        for key in [key for key, entry in list(where.items()) if entry.expired()]:
             del where[key]
         _list.kept = max(1000, len(where))
 
@@ -83,7 +86,7 @@ class Apart(TorchDispatchMode):
 
     MOVES = ("copy_", "_to_copy", "_foreach_copy_", "_foreach_copy", "lift_fresh", "set_", "_local_scalar_dense")
     INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
-    """Whose indices may lie on the host."""
+    """Whose indices may lie on the host, whatever is indexed."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(each.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for each in types):
@@ -93,13 +96,16 @@ class Apart(TorchDispatchMode):
         if func.namespace == "c10d":
             _check_collective(name, args)
             return func(*args, **kwargs)
-        operands = list(_tensors(args[:1] + args[2:] if name in self.INDEXED else (args, kwargs)))
+        free = name in self.INDEXED and on_gpu(args[0])  # to have indices on the host
+        operands = list(_tensors(args[:1] + args[2:] if free else (args, kwargs)))
         held = {_storage_of(each)._cdata for each in _tensors((args, kwargs))}
         # A scalar of the host may meet the GPU's tensors, not the other way round.
         sides = {on_gpu(each) for each in operands if each.dim() or on_gpu(each)}
         if len(sides) > 1 and name not in self.MOVES:
             found = ", ".join(f"{tuple(each.shape)} on the {'GPU' if on_gpu(each) else 'host'}" for each in operands)
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {found}")
+        if waits is not None:
+            _note_wait(func, name, args, kwargs, operands, len(sides) > 1)
         gpu = True in sides or not operands and not _local.called and torch._C._current_graph_task_id() != -1
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
@@ -108,6 +114,61 @@ class Apart(TorchDispatchMode):
             if _storage_of(tensor)._cdata not in held:
                 _place(tensor, gpu)
         return result
+
+
+# ---- what waits
+
+waits: list[str] | None = None
+"""While it is a list: ``operation in file:function`` of each call that has the host wait for the GPU; the file is the
+innermost of the project's."""
+SIZED_BY_VALUES = (
+    "equal nonzero masked_select unique _unique2 unique_consecutive repeat_interleave bincount _local_scalar_dense"
+).split()
+
+
+@contextmanager
+def host_waits() -> Iterator[list[str]]:
+    """A list of what has the host wait for the GPU, filled while it is open."""
+    global waits
+    waits = []
+    try:
+        yield waits
+    finally:
+        waits = None
+
+
+def _note_wait(func, name: str, args: tuple, kwargs: dict, operands: list[torch.Tensor], crosses: bool) -> None:
+    if name in SIZED_BY_VALUES and any(on_gpu(each) for each in operands):
+        _waits(name)
+    elif name in Apart.INDEXED and on_gpu(args[0]):
+        indices = [each for each in args[1] if each is not None]
+        masked = any(each.dtype in (torch.bool, torch.uint8) for each in indices)
+        filled = name != "index" and args[2].dim() == 0  # with a number: no row is counted
+        if masked and not filled or not all(on_gpu(each) for each in indices):
+            _waits(name)
+    elif name == "copy_" and crosses and not (args[2:] or [kwargs.get("non_blocking")])[0]:
+        if "torch/distributed" not in (caller := _callers()[-1].filename) and "megatron" not in caller:  # gloo's own
+            _waits(name)
+
+
+def _waits(name: str) -> None:
+    if waits is None:
+        return
+    for frame in reversed(_callers()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            waits.append(f"{name} in {path.relative_to(ROOT)}:{frame.name}")
+            return
+    waits.append(f"{name} elsewhere")
+
+
+def _callers() -> list[traceback.FrameSummary]:
+    """Who calls what is here, the innermost last."""
+    return [
+        frame
+        for frame in traceback.extract_stack()
+        if frame.filename != __file__ and not frame.filename.endswith(("_compile.py", "eval_frame.py"))
+    ]
 
 
 def _in_fp32(func, args, kwargs):
@@ -200,6 +261,8 @@ def _factory(make: Callable) -> Callable:
             kwargs["device"] = HOST
             # What comes from a tensor's memory may be that tensor itself.
             own = make.__name__ == "as_tensor" and isinstance(args[0], torch.Tensor)
+            if make.__name__ in ("tensor", "as_tensor", "new_tensor") and _is_gpu(device) and not own:
+                _waits(make.__name__)
             result = (_move if own else _place)(_called(make, *args, **kwargs), _is_gpu(device))
         else:
             result = _called(make, *args, **kwargs)
@@ -226,10 +289,23 @@ def _called(make: Callable, *args, **kwargs) -> Any:
         _local.called = False
 
 
-def _move(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
+_in_context = DeviceContext.__torch_function__
+
+
+def _in_device_context(self, func, types, args=(), kwargs=None) -> Any:
+    """What is made in ``with torch.device("cuda")``."""
+    if self.device.type != "cuda":
+        return _in_context(self, func, types, args, kwargs)
+    made = func(*args, **(kwargs or {}))
+    return _place(made, True) if func in _device_constructors() and not (kwargs or {}).get("device") else made
+
+
+def _move(tensor: torch.Tensor, gpu: bool, wait: bool = True) -> torch.Tensor:
     """The tensor where it shall be: itself or a copy."""
     if on_gpu(tensor) == gpu or _device_of(tensor).type != "cpu":
         return tensor
+    if wait:
+        _waits("to")
     return _place(_to(tensor, tensor.dtype, copy=True), gpu)
 
 
@@ -240,11 +316,14 @@ def _tensor_to(self: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch
     """``Tensor.to`` in each of its forms."""
     if args and isinstance(args[0], torch.Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     device, dtype = device or self.device, dtype or self.dtype
     if "cpu" not in (_device_of(self).type, device.type) and device.type != "cuda":
         return _to(self, device, dtype, copy=copy, memory_format=memory_format)
-    copy = copy or device.type != self.device.type
+    if device.type != self.device.type:
+        copy = True
+        if not non_blocking:
+            _waits("to")
     result = _to(self, HOST, dtype, copy=copy, memory_format=memory_format or torch.preserve_format)
     return _place(result, device.type == "cuda") if result is not self else self
 
@@ -266,6 +345,13 @@ def _numpy(self: torch.Tensor, *args, **kwargs):
     return _to_numpy(self, *args, **kwargs)
 
 
+def _to_list(self: torch.Tensor) -> list:
+    if on_gpu(self):
+        _waits("tolist")
+    return _list_of(self)
+
+
+_list_of = torch.Tensor.tolist
 _to_numpy = torch.Tensor.numpy
 _array = torch.Tensor.__array__
 
@@ -319,7 +405,7 @@ class Stream:
     wait_event = wait_stream
 
     def synchronize(self):
-        pass
+        _waits("Stream.synchronize")
 
     def query(self):
         return True
@@ -344,7 +430,7 @@ class Event:
         return True
 
     def synchronize(self):
-        pass
+        _waits("Event.synchronize")
 
     def wait(self, stream=None):
         pass
@@ -381,12 +467,13 @@ def _torch_cuda(capability: tuple[int, int]) -> None:
         default_stream=_stream, is_current_stream_capturing=False, is_bf16_supported=True, memory_allocated=1 << 30,
         max_memory_allocated=2 << 30, memory_reserved=3 << 30, max_memory_reserved=3 << 30,
         mem_get_info=(70 << 30, 80 << 30), memory_stats={}, get_sync_debug_mode=0,
-        synchronize=None, set_device=None, init=None, _lazy_init=None, empty_cache=None,
+        set_device=None, init=None, _lazy_init=None, empty_cache=None,
         reset_peak_memory_stats=None, set_stream=None, set_sync_debug_mode=None, ipc_collect=None,
     )  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     torch.cuda._lazy_call = lambda call, **kwargs: call()
+    torch.cuda.synchronize = lambda device=None: _waits("synchronize")
     torch.cuda.Stream, torch.cuda.Event, torch.cuda.stream = Stream, Event, _on_stream
     torch.cuda.default_generators = (generator,)
     for module in (torch.cuda, torch.cuda.random):
@@ -397,6 +484,10 @@ def _torch_cuda(capability: tuple[int, int]) -> None:
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
     torch.Generator = Generator
     torch.cuda.nccl.version = lambda: (2, 27, 3)
+    profile = torch.profiler.profile
+    torch.profiler.profile = lambda activities=None, **options: profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], **options
+    )
 
 
 def _threads() -> None:
@@ -419,6 +510,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     if _mode is not None:
         return
     _device_constructors()  # which keeps the factories as they are for `with torch.device(...)`
+    DeviceContext.__torch_function__ = _in_device_context
     for name in FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
     for name in NEW:
@@ -426,7 +518,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     patched = dict(
         to=_tensor_to, numpy=_numpy, __array__=_as_array, pin_memory=_pin, type=_tensor_type,
         cpu=lambda self, *args, **kwargs: _move(self, False),
-        cuda=lambda self, *args, **kwargs: _move(self, True),
+        cuda=lambda self, device=None, non_blocking=False, **kwargs: _move(self, True, not non_blocking),
+        tolist=_to_list,
         is_pinned=lambda self, device=None: _listed(_pinned, self),
         record_stream=lambda self, stream: None,
         _make_wrapper_subclass=staticmethod(_make_wrapper),
