@@ -59,19 +59,20 @@ def write_corpora(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-_warm: list[WarmServer] = []
+_warm: dict[bool, WarmServer] = {}
 
 
 def start(
-    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False
+    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False, gpu: bool = False
 ) -> subprocess.Popen | WarmStart:
-    """`moe-train pretrain run.yaml --nproc N ...`, running; `fresh`: in new interpreters, as on a cluster."""
+    """`moe-train pretrain run.yaml --nproc N ...`, running; `fresh`: in new interpreters, as on a cluster; `gpu`: on
+    what looks like GPUs."""
     command = [verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
     if not fresh:
-        if not _warm:
-            _warm.append(WarmServer())
-            atexit.register(_warm[0].close)
-        return _warm[0].start(command, folder)
+        if gpu not in _warm:
+            _warm[gpu] = WarmServer(gpu)
+            atexit.register(_warm[gpu].close)
+        return _warm[gpu].start(command, folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "moe_train", *command],
@@ -83,9 +84,9 @@ def start(
     )
 
 
-def run(folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False) -> tuple[int, str]:
+def run(folder: Path, *arguments: str, **options) -> tuple[int, str]:
     """The same, to its end: (status, everything it said)."""
-    process = start(folder, *arguments, nproc=nproc, verb=verb, fresh=fresh)
+    process = start(folder, *arguments, **options)
     said, _ = process.communicate(timeout=240)
     return process.returncode, said
 

@@ -48,6 +48,24 @@ def test_the_curve_does_not_depend_on_the_layout(ranks, one_rank, name):
 
 
 @pytest.mark.parametrize(
+    "layout, options",
+    [
+        ({}, {}),
+        ({"tensor": 2, "expert": 2}, {"recompute": "selective"}),
+        ({"pipeline": 2, "virtual_pipeline": 2}, {}),
+        ({"tensor": 2, "expert": 2}, {"in_turn": 2}),
+        ({"expert": 2}, {"dispatcher": "allgather", "offload": "torch"}),
+    ],
+    ids=["alone", "tensor 2 x expert 2", "pipeline 2, virtual 2", "overlap_dispatch", "allgather, offload"],
+)
+def test_nor_on_the_device(gpu_ranks, one_rank, layout, options):
+    """With all that a run on GPUs does otherwise, its communication beside the backward for one."""
+    options = {"overlap": True, "steps": 4, **options}
+    curve = gpu_ranks(2 if layout else 1).run("tests.steps_on_ranks:train", layout, **options)[0]
+    assert_same_curve(curve, one_rank[:4], str(layout))
+
+
+@pytest.mark.parametrize(
     "world_size, layout, options",
     [
         (2, {"expert": 2}, {"recompute": "selective"}),
