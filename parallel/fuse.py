@@ -82,7 +82,7 @@ def has_compiler() -> bool:
         missing = f"Python's headers ({headers})"
     elif not has_triton():
         # by its name the engine's filter of warnings would take this for megatron-core's
-        missing = "its backend for GPUs"
+        missing = "its backend for this GPU"
     if missing:
         warnings.warn(
             f"torch.compile lacks {missing}: elementwise chains run uncompiled, which is slower", stacklevel=2
