@@ -185,11 +185,10 @@ NCCL_HAS_NO = ("monitored_barrier_", "recv_any_source_")
 
 
 def _check_collective(name: str, args: tuple) -> None:
-    group = next((dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)
-                  and "ProcessGroup" in str(each._type())), None)  # fmt: skip
-    backend = _backends.get(group.group_name) if group is not None else None
-    if backend is None or name == "barrier":
+    if name == "barrier":
         return
+    (group,) = (each for each in args if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type()))
+    backend = _backends[dist.ProcessGroup.unbox(group).group_name]
     if backend == "nccl" and name in NCCL_HAS_NO:
         raise RuntimeError(f"NCCL has no {name}")
     for tensor in _tensors(args):
@@ -318,7 +317,7 @@ def _tensor_to(self: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     device, dtype = device or self.device, dtype or self.dtype
-    if "cpu" not in (_device_of(self).type, device.type) and device.type != "cuda":
+    if {_device_of(self).type, device.type} - {"cpu", "cuda"}:  # meta
         return _to(self, device, dtype, copy=copy, memory_format=memory_format)
     if device.type != self.device.type:
         copy = True

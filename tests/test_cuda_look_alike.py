@@ -6,7 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from parallel import engine
+from parallel.layout import Layout
 from tests import cuda_look_alike
 
 HERE = "tests.test_cuda_look_alike"
@@ -33,6 +36,25 @@ def refusals() -> dict[str, str]:
     return found
 
 
+def exchanges() -> dict[str, str]:
+    """What becomes of collectives of the GPU's tensors and of others."""
+    engine.start(Layout(1, 1, 1, None, 1, 1), seed=1)
+    tensors = {
+        "gpu": torch.ones(4, device="cuda"),
+        "host": torch.ones(4),
+        "strided": torch.ones(4, 2, device="cuda")[:, 0],
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        try:
+            dist.all_reduce(tensor)
+            found[name] = f"{dist.get_backend()} {tensor.device}"
+        except RuntimeError as error:
+            found[name] = str(error)
+    dist.all_gather_object([None], "object")
+    return found
+
+
 def places() -> dict[str, bool]:
     """Whether the results of operations are on the GPU."""
     gpu, host = torch.ones(3, 4, device="cuda"), torch.ones(4)
@@ -54,6 +76,7 @@ def places() -> dict[str, bool]:
         "host": host.is_cuda,
         "home": gpu.cpu().is_cuda,
         "as a gpu's": host.to(gpu).cpu().is_cuda,
+        "meta": host.to("meta").is_cuda or not host.to("meta").is_meta,
         "pinned": torch.empty(3, pin_memory=True).is_cuda,
     }
 
@@ -90,9 +113,16 @@ def test_what_a_gpu_refuses_is_refused(gpu) -> None:
     assert "same device, but found (5, 4) on the GPU, (4,) on the host" in found["sum"]
 
 
+def test_nccl_takes_the_gpus_tensors(gpu) -> None:
+    found = gpu("exchanges")
+    assert found["gpu"] == "nccl cuda:0"
+    assert found["host"] == "allreduce_ over nccl: a tensor (4,) of cpu"
+    assert "NCCL wants contiguous tensors" in found["strided"]
+
+
 def test_results_are_where_operands_are(gpu) -> None:
     found = gpu("places")
-    on_the_host = {"host", "home", "as a gpu's", "pinned"}
+    on_the_host = {"host", "home", "as a gpu's", "meta", "pinned"}
     assert {name for name, there in found.items() if not there} == on_the_host
 
 
