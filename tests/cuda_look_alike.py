@@ -119,8 +119,8 @@ class Apart(TorchDispatchMode):
 # ---- what waits
 
 waits: list[str] | None = None
-"""While it is a list: ``operation in file:function`` of each call that has the host wait for the GPU; the file is the
-innermost of the project's."""
+"""While it is a list: ``operation in file:function`` of each call that has the host wait for the GPU, by the innermost
+of the project's functions."""
 SIZED_BY_VALUES = (
     "equal nonzero masked_select unique _unique2 unique_consecutive repeat_interleave bincount _local_scalar_dense"
 ).split()
@@ -147,19 +147,20 @@ def _note_wait(func, name: str, args: tuple, kwargs: dict, operands: list[torch.
         if masked and not filled or not all(on_gpu(each) for each in indices):
             _waits(name)
     elif name == "copy_" and crosses and not (args[2:] or [kwargs.get("non_blocking")])[0]:
-        if "torch/distributed" not in (caller := _callers()[-1].filename) and "megatron" not in caller:  # gloo's own
+        if _is_ours(_callers()[-1]):  # others' are gloo's, out of a buffer of its own
             _waits(name)
 
 
 def _waits(name: str) -> None:
     if waits is None:
         return
-    for frame in reversed(_callers()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
-            waits.append(f"{name} in {path.relative_to(ROOT)}:{frame.name}")
-            return
-    waits.append(f"{name} elsewhere")
+    ours = [frame for frame in _callers() if _is_ours(frame)]
+    waits.append(f"{name} in {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].name}" if ours else name)
+
+
+def _is_ours(frame: traceback.FrameSummary) -> bool:
+    path = Path(frame.filename)
+    return path.is_relative_to(ROOT) and "site-packages" not in path.parts
 
 
 def _callers() -> list[traceback.FrameSummary]:

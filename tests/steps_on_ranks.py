@@ -249,7 +249,7 @@ def evaluate_between_steps(layout: dict, **options) -> list[float]:
     return losses
 
 
-def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
+def waits_of_a_step(layout: dict, model: dict | None = None, kernels: str = "torch") -> list[str]:
     """Where the host waits for what looks like a GPU in the second step, forward to update.
 
     Where the expert dispatch has its numbers on the way to the host, it waits for them once.
@@ -257,7 +257,8 @@ def waits_of_a_step(layout: dict, model: dict | None = None) -> list[str]:
     from tests.cuda_look_alike import host_waits
 
     config = small_model(**(model or {}))
-    built = build(make_layout(int(os.environ["WORLD_SIZE"]), **layout), config, precision="bf16", overlap=True)
+    layout = make_layout(int(os.environ["WORLD_SIZE"]), **layout)
+    built = build(layout, config, precision="bf16", overlap=True, kernels=kernels)
     _, stepper, optimizer, monitor, topology = built
     run_steps(built, range(1), config.vocab_size)
     windows = torch.randint(0, config.vocab_size, (GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(1))
