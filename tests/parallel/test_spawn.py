@@ -19,7 +19,7 @@ from parallel.rank_env import expand_tasks_per_node, first_host, free_port, rank
 from parallel.spawn import run_ranks, spawn_ranks
 
 RANKS = """
-import json, os, signal, sys, time
+import json, os, signal, sys, time, warnings
 from pathlib import Path
 
 class UserMistake(Exception):
@@ -32,6 +32,7 @@ def note(folder):
     keys = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
     Path(folder, f"{place()}.json").write_text(json.dumps({k: os.environ[k] for k in keys}))
     print("hello from", place())
+    warnings.warn("slower than it might be")
     assert sys.stdin.read() == ""
 
 def sleep(folder):
@@ -124,8 +125,10 @@ def test_success_with_a_rendezvous_and_logs(ranks, tmp_path, monkeypatch, capfd)
     assert [s["RANK"] for s in seen] == ["0", "1"] == [s["LOCAL_RANK"] for s in seen]
     assert {s["WORLD_SIZE"] for s in seen} == {"2"} == {s["LOCAL_WORLD_SIZE"] for s in seen}
     assert seen[0]["MASTER_PORT"] == seen[1]["MASTER_PORT"] and int(seen[0]["OMP_NUM_THREADS"]) >= 1
-    assert capfd.readouterr().out == "hello from 0\n"
-    assert (tmp_path / "logs" / "rank_00001.log").read_text() == "hello from 1\n"
+    out, err = capfd.readouterr()
+    assert out == "hello from 0\n"
+    assert err.startswith("warning: slower than it might be (/") and err.count("\n") == 1
+    assert (tmp_path / "logs" / "rank_00001.log").read_text() == f"hello from 1\n{err}"
 
 
 @pytest.mark.parametrize(
