@@ -254,7 +254,7 @@ def waits_of_a_step(layout: dict, model: dict | None = None, kernels: str = "tor
 
     Where the expert dispatch has its numbers on the way to the host, it waits for them once.
     """
-    from tests.cuda_look_alike import host_waits
+    from tests.cuda_look_alike.host_waits import host_waits
 
     config = small_model(**(model or {}))
     layout = make_layout(int(os.environ["WORLD_SIZE"]), **layout)

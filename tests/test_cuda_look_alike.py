@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from parallel import engine
 from parallel.layout import Layout
-from tests import cuda_look_alike
+from tests.cuda_look_alike.host_waits import host_waits
 
 HERE = "tests.test_cuda_look_alike"
 
@@ -85,7 +85,7 @@ def waits() -> list[str]:
     """Of a program that waits in every way once."""
     x = torch.ones(2, device="cuda", requires_grad=True)
     y = x.detach()
-    with cuda_look_alike.host_waits() as found:
+    with host_waits() as found:
         (
             float(x[0]),
             x.tolist(),

@@ -16,7 +16,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_report_header() -> str:
-    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; tests/cuda_look_alike.py"
+    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; tests/cuda_look_alike"
     return f"GPU of tests/gpu: {found}"
 
 
