@@ -90,18 +90,6 @@ def bytes_of_fp8_weights() -> tuple[int, int]:
     return _run({}, 0, "tensorwise", "transformer_engine", {}, counted)
 
 
-def refusal(recipe: str | None) -> str:
-    """What the start of a run with an FP8 recipe says where the device cannot do it; empty where it can."""
-    from parallel.errors import EngineError
-    from parallel.transformer_engine import choose_kernels
-
-    try:
-        assert choose_kernels(None, recipe) == "transformer_engine"
-    except EngineError as error:
-        return str(error)
-    return ""
-
-
 def built(preset: str, recipe: str | None) -> dict:
     """What a preset is made of, its layers on the meta device."""
     from moe_train.config import load_model

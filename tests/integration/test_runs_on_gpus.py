@@ -30,17 +30,17 @@ def losses(folder) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines if name in line] for name in ("loss", "grad_norm", "validation/web")}
 
 
-@pytest.mark.parametrize("first, second", [(True, False), (False, True)], ids=["cpu last", "gpu last"])
-def test_a_run_begun_on_one_device_ends_on_the_other(on_a_cpu, tmp_path, first, second) -> None:
+@pytest.mark.parametrize("gpu_first", [True, False])
+def test_a_run_begun_on_one_device_ends_on_the_other(on_a_cpu, tmp_path, gpu_first) -> None:
     write_corpora(tmp_path)
-    for gpu, more in ((first, [f"training.max_steps={FIRST}"]), (second, [])):
+    for gpu, more in ((gpu_first, [f"training.max_steps={FIRST}"]), (not gpu_first, [])):
         status, said = run(tmp_path, *more, gpu=gpu)
         assert status == 0 and f"fp32 on {'NVIDIA H100' if gpu else 'CPU'}" in said, said
     assert f"at step {FIRST}" in said
     for name, wanted in losses(on_a_cpu).items():
         assert losses(tmp_path)[name] == pytest.approx(wanted, rel=1e-4 if name != "grad_norm" else 1e-3), name
     lines = metrics(tmp_path / "run")
-    on_gpus = lines[:FIRST] if first else lines[FIRST:]
+    on_gpus = lines[:FIRST] if gpu_first else lines[FIRST:]
     assert [line["mfu"] is not None for line in lines] == [line in on_gpus for line in lines]
 
 

@@ -68,7 +68,7 @@ def test_fp8_that_megatron_core_would_leave_out_in_silence_is_an_error(monkeypat
 
 @installed
 def test_the_device_decides_on_the_recipe(gpu_ranks):
-    refusals = {name: gpu_ranks(1).run(f"{ON_CPU}:refusal", name)[0] for name in (None, *RECIPES)}
+    refusals = {name: gpu_ranks(1).run("tests.gpu.on_a_side:why_not", name)[0] for name in (None, *RECIPES)}
     assert "mxfp8 is not for NVIDIA H100" in refusals["mxfp8"]
     assert "set delayed or tensorwise or blockwise" in refusals.pop("mxfp8")
     assert not any(refusals.values()), refusals
