@@ -312,8 +312,13 @@ def _message(problem: Mapping[str, Any], path: KeyPath, model: type[BaseModel]) 
     return f"{_short(got)} is not accepted; it should be {text}"
 
 
+def as_yaml(value: Any) -> str:
+    """A value as a message shows it: as one writes it in YAML where Python has another word, text in quotes."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def _short(value: Any) -> str:
-    text = "null" if value is None else "true" if value is True else "false" if value is False else repr(value)
+    text = as_yaml(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

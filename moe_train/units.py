@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
 
 from data_pipeline.units import UNITS, parse_count
+from data_pipeline.yaml_marks import as_yaml
 
 _STEPS = re.compile(r"(.*\S)\s*\bsteps?", re.DOTALL)
 _TIME_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*")
@@ -58,12 +59,12 @@ def parse_duration(value: Any) -> Duration:
         return value
     advice = "write tokens (5000000, 500K, 1.25T) or steps ('100 steps')"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{_plain(value)} is not a duration; {advice}")
+        raise ValueError(f"{as_yaml(value)} is not a duration; {advice}")
     steps = _STEPS.fullmatch(value) if isinstance(value, str) else None
     try:
         return Duration(steps=parse_count(steps.group(1))) if steps else Duration(tokens=parse_count(value))
     except ValueError:
-        raise ValueError(f"{_plain(value)} is not a duration; {advice}") from None
+        raise ValueError(f"{as_yaml(value)} is not a duration; {advice}") from None
 
 
 def parse_time(value: Any) -> float:
@@ -74,7 +75,7 @@ def parse_time(value: Any) -> float:
     """
     advice = "write a number with its unit, such as 30s, 10m, 1h or 1h30m"
     if isinstance(value, bool) or not isinstance(value, str):
-        raise ValueError(f"{_plain(value)} is not a time; {advice}")
+        raise ValueError(f"{as_yaml(value)} is not a time; {advice}")
     clock = _CLOCK.fullmatch(value.strip())
     if clock:
         days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
@@ -82,7 +83,7 @@ def parse_time(value: Any) -> float:
     text = value.strip()
     parts = _TIME_PART.findall(text)
     if not parts or _TIME_PART.sub("", text):
-        raise ValueError(f"{_plain(value)} is not a time; {advice}")
+        raise ValueError(f"{as_yaml(value)} is not a time; {advice}")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
@@ -95,10 +96,6 @@ def format_time(seconds: float) -> str:
         count, rest = divmod(rest, _SECONDS[unit])
         text += f"{count}{unit}" if count else ""
     return text or "0s"
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _positive(value: Duration) -> Duration:

@@ -43,7 +43,11 @@ class ParallelConfig(BaseModel):
     @property
     def in_turn(self) -> int:
         """Micro-batches that go through the model together."""
-        return 2 if self.overlap_dispatch and self.expert > 1 else 1
+        return _in_turn(self.overlap_dispatch, self.expert)
+
+
+def _in_turn(overlap_dispatch: bool, expert: int) -> int:
+    return 2 if overlap_dispatch and expert > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,7 @@ class _Problem:
     @property
     def multiple(self) -> int:
         """What the number of a data rank's micro-batches is a multiple of."""
-        in_turn = 2 if self.overlap and self.expert > 1 else 1
-        return in_turn * (self.pipeline if self.virtual > 1 else 1)
+        return _in_turn(self.overlap, self.expert) * (self.pipeline if self.virtual > 1 else 1)
 
     def violation(self) -> tuple[str, str] | None:
         """The first rule that does not hold: (what to change, the reason)."""

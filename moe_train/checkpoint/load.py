@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.yaml_marks import as_yaml
 from moe_train.checkpoint.folder import (
     DAMAGED,
     SUPERSEDED,
@@ -208,7 +209,7 @@ def check_same_model(state: dict[str, Any], config: ModelConfig) -> None:
     saved = ModelConfig.model_validate(state["model"])  # an older one lacks keys that have their defaults since
     theirs, ours = _flat(_what_is_computed(saved)), _flat(_what_is_computed(config))
     differing = [
-        f"model.{key} is {theirs.get(key)} in the checkpoint, {ours.get(key)} in the config"
+        f"model.{key} is {as_yaml(theirs.get(key))} in the checkpoint, {as_yaml(ours.get(key))} in the config"
         for key in dict.fromkeys([*theirs, *ours])
         if theirs.get(key) != ours.get(key)
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_pipeline.yaml_marks import as_yaml
 from moe_train.convert.families import FAMILIES, JETMOE, Family
 from moe_train.errors import UserError
 from moe_train.model.config import ModelConfig
@@ -30,16 +31,16 @@ def model_config(values: dict[str, Any], source: str) -> ModelConfig:
     family = _family_of_file(values, source)
     for key, (allowed, reason) in family.must_be.items():
         if key in values and not allowed(values[key]):
-            raise UserError(f"{source}: {key}: {values[key]!r}: {reason}")
+            raise UserError(f"{source}: {key}: {as_yaml(values[key])}: {reason}")
     values = _with_one_name_each(values, family, source)
     values["rope_theta"] = _rope_theta(values, family, source)
     values = {**family.defaults, **values}
     if problem := family.complete(values):
         key, reason = problem
-        raise UserError(f"{source}: {key}: {values[key]!r} {reason}")
+        raise UserError(f"{source}: {key}: {as_yaml(values[key])} {reason}")
     activation = family.keys["mlp.activation"]
     if values[activation] not in ACTIVATIONS:
-        raise UserError(f"{source}: {activation}: {values[activation]!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"{source}: {activation}: {as_yaml(values[activation])} is not one of {', '.join(ACTIVATIONS)}")
     values[activation] = ACTIVATIONS[values[activation]]
     ours = {key: values[theirs] for key, theirs in family.keys.items() if theirs in values}
     try:
@@ -96,7 +97,7 @@ def _family_of_file(values: dict[str, Any], source: str) -> Family:
     kind = values.get("model_type", JETMOE.model_type)
     known = {family.model_type: family for family in FAMILIES}
     if kind not in known:
-        raise UserError(f"{source}: model_type: {kind!r}: what is converted is {', '.join(known)}")
+        raise UserError(f"{source}: model_type: {as_yaml(kind)}: what is converted is {', '.join(known)}")
     return known[kind]
 
 
@@ -104,7 +105,7 @@ def _misfit(family: Family, ours: dict[str, Any]) -> str | None:
     """Why a model is not one of this family."""
     for key, value in family.fixed.items():
         if ours[key] != value:
-            return f"{key} is always {str(value).lower()}, not {str(ours[key]).lower()}"
+            return f"{key} is always {as_yaml(value)}, not {as_yaml(ours[key])}"
     said: dict[str, str] = {}
     for key, theirs in family.keys.items():
         other = said.setdefault(theirs, key)
@@ -121,7 +122,9 @@ def _with_one_name_each(values: dict[str, Any], family: Family, source: str) -> 
             continue
         given = values.pop(synonym)
         if values.setdefault(name, given) != given:
-            raise UserError(f"{source}: {synonym}: {given!r} contradicts {name}: {values[name]!r}; they mean the same")
+            raise UserError(
+                f"{source}: {synonym}: {as_yaml(given)} contradicts {name}: {as_yaml(values[name])}; they mean the same"
+            )
     return values
 
 
@@ -133,12 +136,14 @@ def _rope_theta(values: dict[str, Any], family: Family, source: str) -> Any:
     if parameters is None:
         return default if given is None else given
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: rope_parameters: {parameters!r}: only rope_type default is supported")
+        raise UserError(f"{source}: rope_parameters: {as_yaml(parameters)}: only rope_type default is supported")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{source}: rope_parameters: {parameters!r}: whole heads are turned here, not parts")
+        raise UserError(f"{source}: rope_parameters: {as_yaml(parameters)}: whole heads are turned here, not parts")
     theta = parameters.get("rope_theta", default if given is None else given)
     if given is not None and given != theta:
-        raise UserError(f"{source}: rope_theta: {given!r} contradicts rope_parameters.rope_theta: {theta!r}")
+        raise UserError(
+            f"{source}: rope_theta: {as_yaml(given)} contradicts rope_parameters.rope_theta: {as_yaml(theta)}"
+        )
     return theta
 
 
@@ -170,4 +175,4 @@ def _first_problem(error: ValidationError, family: Family) -> str:
     problem = error.errors()[0]
     path = [str(key) for key in problem["loc"]]
     key = ".".join([path[0], path[-1]] if len(path) > 1 else path)  # without the kind between them
-    return f"{family.keys.get(key, key)}: {problem['input']!r}: {problem['msg']}"
+    return f"{family.keys.get(key, key)}: {as_yaml(problem['input'])}: {problem['msg']}"

@@ -40,7 +40,7 @@ def test_a_checkpoint_from_before_a_key_existed_has_its_default(state) -> None:
 
 
 def test_how_routers_compute_is_part_of_the_model(state) -> None:
-    with pytest.raises(UserError, match="model.mlp.router.renormalize is True"):
+    with pytest.raises(UserError, match="model.mlp.router.renormalize is true in the checkpoint, false in the config"):
         check_same_model(state, MODEL.model_copy(update={"router": RouterConfig(renormalize=False)}))
 
 
@@ -57,7 +57,7 @@ def test_another_model_is_refused_with_each_key_and_both_values(state) -> None:
 
 def test_a_gated_model_is_another_but_for_the_coefficient_of_its_loss(state) -> None:
     gated = MODEL.model_copy(update={"depth": DepthConfig(every=1)})
-    with pytest.raises(UserError, match="model.depth.every is None in the checkpoint, 1 in the config"):
+    with pytest.raises(UserError, match="model.depth.every is null in the checkpoint, 1 in the config"):
         check_same_model(state, gated)
     theirs = {**state, "model": gated.model_dump(mode="json")}
     check_same_model(theirs, MODEL.model_copy(update={"depth": DepthConfig(every=1, coef=0.5)}))
