@@ -7,6 +7,7 @@ process group, and calls one function after another on them; each may form a lay
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -107,3 +108,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         except BaseException:
             answer = True, traceback.format_exc()
         pipe.send(answer)
+        # Models and groups are left in cycles, and the threads of a group wake up a hundred times a second.
+        gc.collect()
+        gc.get_freeze_count() or gc.freeze()  # what is imported need not be looked through each time

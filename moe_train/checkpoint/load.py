@@ -60,9 +60,7 @@ def find_checkpoint(
     ranks = topology or _OneRank()
     first = ranks.rank == 0
     if which != "auto":
-        path = resolve_checkpoint(which)
-        if reason := what_is_wrong(path, ranks):
-            raise DamagedError(f"{path}: {reason}; give another checkpoint, or --resume auto")
+        path = asked_for(which, ranks)
         if first and path.parent.resolve() == folder.resolve():
             for later in [each for each in checkpoints(folder) if step_of(each) > step_of(path)]:
                 aside = set_aside(later, SUPERSEDED)
@@ -92,6 +90,21 @@ def find_checkpoint(
             f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere"
         )
     return None
+
+
+def asked_for(which: str, topology: Topology | _OneRank | None = None) -> Path:
+    """The checkpoint that the path ``which`` means to rank 0: on another node it might mean another one.
+
+    Raises:
+        DamagedError: it is not whole.
+        HardwareError: a rank does not see what rank 0 sees.
+        UserError: there is none.
+    """
+    ranks = topology or _OneRank()
+    path = ranks.from_rank_zero(resolve_checkpoint(which) if ranks.rank == 0 else None)
+    if reason := what_is_wrong(path, ranks):
+        raise DamagedError(f"{path}: {reason}; give another checkpoint")
+    return path
 
 
 def what_is_wrong(path: Path, topology: Topology | _OneRank | None = None) -> str | None:
@@ -189,14 +202,16 @@ def load_checkpoint(
     return state
 
 
-def initialize_from(path: Path, chunks: list[Transformer], config: ModelConfig, topology: Topology) -> None:
-    """Fill the weights of a new run. The gates of layers (``model.depth``) begin anew where the checkpoint's model has
-    none: this is how a trained model becomes a mixture of depths.
+def initialize_from(which: str, chunks: list[Transformer], config: ModelConfig, topology: Topology) -> None:
+    """Fill the weights of a new run from the checkpoint that the path ``which`` means. The gates of layers
+    (``model.depth``) begin anew where its model has none: this is how a trained model becomes a mixture of depths.
 
     Raises:
-        UserError: it is another model.
-        DamagedError: something is missing or has another shape.
+        UserError: there is none, or it is another model.
+        DamagedError: it is not whole, or something has another shape.
+        HardwareError: a rank does not see what rank 0 sees.
     """
+    path = asked_for(which, topology)
     state = read_run_state(path)
     gated = ModelConfig.model_validate(state["model"]).depth is not None
     check_same_model(state, config if gated else config.model_copy(update={"depth": None}))

@@ -12,7 +12,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
 from data_pipeline.sources import open_sources
 from data_pipeline.stream import SampleStream
-from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
+from moe_train.checkpoint.folder import read_run_state
 from moe_train.checkpoint.load import check_same_model, find_checkpoint, initialize_from, load_checkpoint
 from moe_train.checkpoint.mirror import open_mirror
 from moe_train.config import RunConfig
@@ -193,8 +193,7 @@ class Trainer:
             self.guard.restore(self.previous_state["faults"])
             self.coefficients.restore(self.previous_state.get("load_balancing_coefs", {}))
         elif self.config.checkpoint.initialize_from is not None:
-            source = resolve_checkpoint(self.config.checkpoint.initialize_from)
-            initialize_from(source, self.model, self.config.model, self.topology)
+            initialize_from(self.config.checkpoint.initialize_from, self.model, self.config.model, self.topology)
             self.optimizer.reload_main_parameters()
 
     def _open_data(self) -> None:

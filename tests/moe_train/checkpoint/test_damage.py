@@ -183,7 +183,7 @@ def test_a_node_that_does_not_see_the_files_sets_nothing_aside(ranks, run, tmp_p
         assert one == other and "\n" not in one
         return one
 
-    for which in ["auto", newest] if lost == "a file" else ["auto"]:
+    for which in ["auto", newest]:
         said = found([run, blind], which)
         assert said.startswith(f"5: {newest}: rank 1 on ") and "is missing" in said and "Nothing was set aside" in said
     if lost == "the folder":
