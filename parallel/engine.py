@@ -120,7 +120,8 @@ def start(
         _form_groups(layout)
         _layout = layout
     seed_everything(seed)
-    torch.use_deterministic_algorithms(deterministic)
+    # What torch.use_deterministic_algorithms does, but for importing the compiler to tell it.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     return Topology.current(layout)
 
 

@@ -63,11 +63,16 @@ _warm: dict[bool, WarmServer] = {}
 
 
 def start(
-    folder: Path, *arguments: str, nproc: int = 2, verb: str = "pretrain", fresh: bool = False, gpu: bool = False
+    folder: Path,
+    *arguments: str,
+    nproc: int = 2,
+    verb: tuple[str, ...] = ("pretrain",),
+    fresh: bool = False,
+    gpu: bool = False,
 ) -> subprocess.Popen | WarmStart:
     """`moe-train pretrain run.yaml --nproc N ...`, running; `fresh`: in new interpreters, as on a cluster; `gpu`: on
     what looks like GPUs."""
-    command = [verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
+    command = [*verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
     if not fresh:
         if gpu not in _warm:
             _warm[gpu] = WarmServer(gpu)

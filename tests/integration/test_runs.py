@@ -304,29 +304,8 @@ def test_a_trained_model_becomes_a_mixture_of_depths(complete, tmp_path):
 def test_a_branch_keeps_optimizer_and_position(complete, tmp_path):
     write_corpora(tmp_path)
     shutil.copytree(complete, tmp_path / "origin")
-    import subprocess
-    import sys
-
-    from tests.integration.runs import ROOT
-
-    command = [
-        sys.executable,
-        "-m",
-        "moe_train",
-        "branch",
-        f"{tmp_path}/origin/run@8",
-        str(tmp_path / "run.yaml"),
-        "--nproc",
-        "2",
-    ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = run(tmp_path, verb=("branch", f"{tmp_path}/origin/run@8"))
+    assert status == 0, said
     assert arithmetic(metrics(tmp_path / "run")) == arithmetic(metrics(complete / "run"))
 
 

@@ -45,7 +45,7 @@ def test_a_run_begun_on_one_device_ends_on_the_other(on_a_cpu, tmp_path, gpu_fir
 
 
 def test_a_profile(on_a_cpu, tmp_path) -> None:
-    status, said = run(on_a_cpu, "--steps", "1", "--out", str(tmp_path), verb="profile", gpu=True)
+    status, said = run(on_a_cpu, "--steps", "1", "--out", str(tmp_path), verb=("profile",), gpu=True)
     assert status == 0, said
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert profile["device"].startswith("NVIDIA H100") and profile["mfu"] > 0

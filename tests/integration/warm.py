@@ -171,7 +171,8 @@ def _serve() -> None:
         importlib.import_module("tests.cuda_look_alike").install()
     from parallel import spawn
 
-    for module in ("parallel.engine", "moe_train.cli", "moe_train.training.run", "moe_train.training.loop"):
+    ours = ("parallel.engine", "moe_train.cli", "moe_train.training.run", "moe_train.training.loop")
+    for module in (*ours, "torch._dynamo"):  # which torch's optimizers import when they are made
         importlib.import_module(module)
     spawn.subprocess = type("subprocess", (), {**vars(subprocess), "Popen": _Forked})
     gc.collect()

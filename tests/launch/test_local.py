@@ -63,13 +63,13 @@ def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, we
         "alert_webhook": url,
         "dollars_per_gpu_hour": 1.0,
     }
-    process = start(runs.write_run(tmp_path, cluster, steps=300), "--nproc", "1")
+    process = start(runs.write_run(tmp_path, cluster, steps=150), "--nproc", "1")
     until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
     os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "restart 1" in said and "resumed from" in said
-    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
+    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 151))
     notes = records(tmp_path, "launch/starts.jsonl")
     assert [note["next"] for note in notes if note["kind"] == "end"] == ["start", "over"]
     assert (tmp_path / "alerts").read_text().splitlines() == messages
@@ -81,14 +81,14 @@ def test_a_killed_rank_is_started_again_and_the_run_completes(tmp_path: Path, we
     found = json.loads(capsys.readouterr().out)
     assert (
         found["state"] == "complete"
-        and found["step"] == 300
+        and found["step"] == 150
         and len(found["restarts"]) == 1
         and found["dollars_so_far"] > 0
     )
     assert main(["launch", "logs", str(tmp_path / "run"), "--follow"]) == 0
-    assert "complete: step 300" in capsys.readouterr().out
+    assert "complete: step 150" in capsys.readouterr().out
     again, _ = start(tmp_path / "run.yaml", "--nproc", "1").communicate(timeout=PATIENCE)  # there is nothing to do
-    assert "is complete: step 300" in again and "run: the run is over, status 0: complete" in again
+    assert "is complete: step 150" in again and "run: the run is over, status 0: complete" in again
 
 
 def test_a_mistake_is_not_started_again(tmp_path: Path) -> None:
@@ -228,13 +228,13 @@ def test_ranks_on_other_machines_save_when_the_launcher_dies(tmp_path: Path, mac
 def test_the_machines_of_a_hostfile_train_together(tmp_path: Path, machines: tuple[str, str]) -> None:
     """Of which one loses its rank."""
     hosts, rsh = machines
-    path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 0.001}}, steps=300, parallel={"expert": 2})
+    path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 0.001}}, steps=150, parallel={"expert": 2})
     process = start(path, "--rsh", rsh, verb=("hostfile", hosts))
     until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
     os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "restart 1" in said and "preflight: 2 nodes are fit; all-reduce" in said, said
-    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 301))
+    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 151))
     reached = (tmp_path / "hosts.log").read_text().split()
     assert sorted(reached) == ["127.0.0.1"] * 4 + ["localhost"] * 4  # preflight and ranks, twice
     assert [note["nodes"] for note in records(tmp_path, "launch/starts.jsonl") if note["kind"] == "start"][
