@@ -11,6 +11,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import traceback
 from typing import Any
 
@@ -97,6 +98,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    imported = 0
     while True:
         try:
             target, args, kwargs = pipe.recv()
@@ -110,4 +112,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         pipe.send(answer)
         # Models and groups are left in cycles, and the threads of a group wake up a hundred times a second.
         gc.collect()
-        gc.get_freeze_count() or gc.freeze()  # what is imported need not be looked through each time
+        if len(sys.modules) > imported:
+            gc.freeze()  # nor need what was imported be looked through each time
+            imported = len(sys.modules)
