@@ -81,14 +81,16 @@ class Meter(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, lambda held: held.tensor if isinstance(held, _Held) else held)
 
 
-def activation_bytes(layout: dict, model: dict, recompute: str, length: int, in_turn: int = 1) -> int:
+def activation_bytes(
+    layout: dict, model: dict, recompute: str, length: int, in_turn: int = 1, document_end: int | None = None
+) -> int:
     """The peak of what is kept for backward during one step of two micro-batches of two sequences a data
     rank."""
     from moe_train.training.step import Stepper
 
     config = wide_model(**model)
     shape = make_layout(int(os.environ["WORLD_SIZE"]), **layout)
-    _, stepper, optimizer, _, topology = build(shape, config, recompute=recompute)
+    _, stepper, optimizer, _, topology = build(shape, config, recompute=recompute, document_end=document_end)
     stepper = Stepper(stepper.chunks, topology, length, 2, in_turn)
     weights = {
         buffer.param_data.untyped_storage().data_ptr()

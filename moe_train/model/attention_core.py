@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_train.model.rope import rotate
 from moe_train.model.tokens import Tokens
@@ -87,13 +89,28 @@ def causal_attention(q_sbngd: torch.Tensor, k_sbnd: torch.Tensor, v_sbnd: torch.
 def _attention(q_sbngd, k_sbnd, v_sbnd, *, causal: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
     q_bngsd = q_sbngd.permute(1, 2, 3, 0, 4)
     k_bnsd, v_bnsd = k_sbnd.permute(1, 2, 0, 3), v_sbnd.permute(1, 2, 0, 3)
-    if mask is None:
-        group = q_bngsd.shape[2]
-        o_bhsd = F.scaled_dot_product_attention(
-            q_bngsd.flatten(1, 2), k_bnsd, v_bnsd, is_causal=causal, enable_gqa=group > 1
-        )
-    else:
-        # The group as more positions of one head: of the fused kernels only cuDNN's takes a mask and grouped queries at
-        # once.
-        o_bhsd = F.scaled_dot_product_attention(q_bngsd.flatten(2, 3), k_bnsd, v_bnsd, attn_mask=mask)
+    group = q_bngsd.shape[2]
+    with _kernels(q_sbngd, causal):
+        if mask is not None:
+            # The group as more positions of one head: of the fused kernels only cuDNN's takes a mask and grouped
+            # queries at once.
+            o_bhsd = F.scaled_dot_product_attention(q_bngsd.flatten(2, 3), k_bnsd, v_bnsd, attn_mask=mask)
+        elif q_sbngd.is_cuda and q_sbngd.dtype == torch.float32:
+            # The one fused kernel for fp32 takes no grouped queries.
+            keys, values = (x.repeat_interleave(group, dim=1) for x in (k_bnsd, v_bnsd))
+            o_bhsd = F.scaled_dot_product_attention(q_bngsd.flatten(1, 2), keys, values, is_causal=causal)
+        else:
+            o_bhsd = F.scaled_dot_product_attention(
+                q_bngsd.flatten(1, 2), k_bnsd, v_bnsd, is_causal=causal, enable_gqa=group > 1
+            )
     return o_bhsd.view(q_bngsd.shape).permute(3, 0, 1, 2, 4)
+
+
+def _kernels(q_sbngd: torch.Tensor, causal: bool) -> AbstractContextManager:
+    """Which of torch's kernels may compute it. On a GPU not cuDNN's, but where nothing is hidden but what comes later,
+    or the length is a multiple of 128: with a mask its gradients of some other lengths are NaN (pytorch issue 196678,
+    cuDNN 9.19), and it takes long to plan for a length, of which a cache has another with every token.
+    """
+    if causal or not q_sbngd.is_cuda or len(q_sbngd) % 128 == 0:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

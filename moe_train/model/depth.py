@@ -136,7 +136,7 @@ class ChosenTokens:
             )
         if tokens.documents is not None:
             documents_sb = in_sequences(tokens.documents.t().flatten()[token_c], -1)
-            self.mask = document_mask(documents_sb.t(), queries_per_position)
+            self.mask = document_mask(documents_sb.t(), tokens.mask.dtype, queries_per_position)
 
     def valid_rows(self, rows: int) -> int:
         """How many of the local rows are no padding (they come first)."""

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+HIDDEN = -1e30
+"""Added to the score of what a query may not look at. Finite: kernels have made NaN of infinities."""
+
 
 def document_positions(ids_bs: torch.Tensor, document_end: int) -> torch.Tensor:
     """Token ids ``[B, S]`` to the position of each token in its document, ``[S, B]``."""
@@ -20,14 +23,16 @@ def document_numbers(ids_bs: torch.Tensor, document_end: int) -> torch.Tensor:
     return _follows_end(ids_bs, document_end).cumsum(dim=1)
 
 
-def document_mask(documents_bs: torch.Tensor, queries_per_position: int = 1) -> torch.Tensor:
-    """:func:`document_numbers` ``[B, S]`` to what each query may look at: ``[B, 1, queries_per_position * S, S]``, true
-    where it may.
+def document_mask(documents_bs: torch.Tensor, dtype: torch.dtype, queries_per_position: int = 1) -> torch.Tensor:
+    """:func:`document_numbers` ``[B, S]`` to what is added to the scores of each query, ``[B, 1, queries_per_position *
+    S, S]``: 0 for what it may look at, :data:`HIDDEN` for all else.
 
-    That is itself and what precedes it in its document. Queries lie by slot, then by position, as
-    :class:`~moe_train.model.attention.MixtureOfAttention` lays them. No token is left with nothing to look at.
+    It may look at itself and at what precedes it in its document. Queries lie by slot, then by position, as
+    :class:`~moe_train.model.attention.MixtureOfAttention` lays them. ``dtype`` is that of the queries: of a boolean
+    mask torch would make one of its own in every layer, and keep them all for the backward.
     """
-    mask_bss = (documents_bs[:, :, None] == documents_bs[:, None, :]).tril_()
+    seen_bss = (documents_bs[:, :, None] == documents_bs[:, None, :]).tril_()
+    mask_bss = torch.full_like(seen_bss, HIDDEN, dtype=dtype).masked_fill_(seen_bss, 0.0)
     return mask_bss.repeat(1, queries_per_position, 1)[:, None]
 
 

@@ -16,7 +16,7 @@ class Tokens:
     position of this rank's first row in them; positions from ``length`` on are padding. ``micro_batches``: those that
     go through the model together; the losses of each count for as much less. ``rotary``: cos and sin of the positions
     (:func:`moe_train.model.rope.rotary_table`). ``documents``: ``[B, S]`` which of its sequence's documents a token is
-    of, where each is by itself; ``mask``: what a query may look at then
+    of, where each is by itself; ``mask``: what is added to its scores then
     (:func:`moe_train.model.documents.document_mask`). Without, it may look at everything before it.
     """
 

@@ -151,7 +151,7 @@ class Transformer(MegatronModule):
             positions = torch.arange(first_position, first_position + padded, device=x_sbh.device)
         else:
             documents = document_numbers(ids_bs, document_end)
-            mask = document_mask(documents, attention.queries_per_kv_head)
+            mask = document_mask(documents, x_sbh.dtype, attention.queries_per_kv_head)
             positions = document_positions(ids_bs, document_end)
         first = self.topology.tensor_rank * padded // self.topology.layout.tensor
         rotary = rotary_table(positions, attention.head_dim, self.model_config.rope_theta, x_sbh.dtype)

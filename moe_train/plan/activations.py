@@ -29,12 +29,17 @@ class Workload:
     sharded_attention: bool = True
     dispatcher: str = "alltoall"
     in_turn: int = 1
+    document_mask: bool = False
+
+    @property
+    def padded_length(self) -> int:
+        """Positions of a sequence, padded to a multiple of the tensor ranks."""
+        return -(-self.sequence_length // self.layout.tensor) * self.layout.tensor
 
     @property
     def whole(self) -> int:
-        """Tokens of the micro-batch, sequences padded to a multiple of the tensor ranks."""
-        padded = -(-self.sequence_length // self.layout.tensor) * self.layout.tensor
-        return padded * self.micro_batch_size * self.in_turn
+        """Tokens of the micro-batch, padding included."""
+        return self.padded_length * self.micro_batch_size * self.in_turn
 
     def count(self, global_batch_size: int) -> int:
         """How many there are in a step, for one data rank."""
@@ -69,8 +74,16 @@ def layer_bytes(work: Workload, recompute: str = "none", worst: bool = False, ga
 
 
 def _depth_gate(work: Workload) -> int:
-    """Its input, what it weights, and where the tokens go."""
-    return work.tokens * (3 * work.model.hidden_size * work.element + 3 * work.element + 24) + work.whole * 16
+    """Its input, what it weights, where the tokens go, and the mask of those that do."""
+    places = work.tokens * (3 * work.model.hidden_size * work.element + 3 * work.element + 24) + work.whole * 16
+    return places + mask_bytes(work)
+
+
+def mask_bytes(work: Workload) -> int:
+    """What keeps the documents of a micro-batch apart in the attention: one for all layers of a chunk, but for the
+    gated ones, each of which has its own."""
+    queries = work.whole * work.model.attention.queries_per_kv_head
+    return queries * work.padded_length * work.element if work.document_mask else 0
 
 
 def _norm(work: Workload) -> int:
@@ -186,6 +199,7 @@ def stage_bytes(work: Workload, stage: int, micro_batches: int, recompute: str =
     flying = chunks_in_flight(layout, stage, micro_batches)
     size = flying * (layers - gated) * layer_bytes(work, recompute, worst)
     size += flying * gated * layer_bytes(work, recompute, worst, gated=True)
+    size += flying * mask_bytes(work)
     if stage < layout.pipeline - 1:
         size += flying * work.tokens * work.model.hidden_size * work.element  # what was sent on
     head = head_bytes(work) if stage == layout.pipeline - 1 else 0

@@ -63,6 +63,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         config.parallel.attention_experts == "sharded",
         config.parallel.dispatcher,
         config.parallel.in_turn,
+        config.data.document_mask,
     )
 
 

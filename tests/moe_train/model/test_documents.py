@@ -28,7 +28,9 @@ def windows() -> torch.Tensor:
 def test_positions_and_mask_by_hand():
     ids = torch.tensor([[7, END, END, 8, 9], [8, 9, 7, 7, END]])
     assert document_positions(ids, END).t().tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]
-    mask = document_mask(document_numbers(ids, END), queries_per_position=2)
+    mask = document_mask(document_numbers(ids, END), torch.bfloat16, queries_per_position=2)
+    assert mask.dtype == torch.bfloat16 and mask.isfinite().all() and mask.unique().numel() == 2
+    mask = mask == 0
     assert mask.shape == (2, 1, 10, 5)
     first = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     assert mask[0, 0].int().tolist() == first + first

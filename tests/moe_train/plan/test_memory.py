@@ -68,6 +68,26 @@ def test_of_gated_layers_those_are_counted_that_take_every_token(ranks, layout) 
     assert max(measured) == pytest.approx(planned, rel=0.1) and planned > 1.05 * plain
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=name)
+def test_a_document_mask_is_kept_once_for_all_layers(ranks, layout: dict, recompute: str) -> None:
+    length, shape = 512, make_layout(2, **layout)
+    measured = ranks(2).run("tests.memory_on_ranks:activation_bytes", layout, {}, recompute, length, document_end=7)
+    work = activations.Workload(wide_model(), shape, length, 2, 4, document_mask=True)
+    assert activations.mask_bytes(work) == 2 * 2 * length**2 * 4
+    for rank, found in enumerate(measured):
+        planned = activations.stage_bytes(work, shards.place(shape, rank).stage, 2, recompute)
+        assert planned == pytest.approx(found, rel=0.05), f"rank {rank}"
+
+
+def test_gated_layers_keep_masks_of_their_own(ranks) -> None:
+    model, shape = {"depth": DepthConfig(threshold=1e-6)}, make_layout(1)
+    (measured,) = ranks(1).run("tests.memory_on_ranks:activation_bytes", {}, model, "none", 512, document_end=7)
+    work = activations.Workload(wide_model(**model), shape, 512, 2, 4, document_mask=True)
+    assert activations.stage_bytes(work, 0, 2) == pytest.approx(measured, rel=0.05)
+    assert 3 * activations.mask_bytes(work) > 0.2 * measured
+
+
 def test_what_is_computed_again_of_a_layer_may_be_gated() -> None:
     shape = make_layout(1)
     plain, gated = (
