@@ -10,11 +10,12 @@ from parallel.layout import Layout
 
 
 class Setting(NamedTuple):
-    """An environment variable, the value that it gets unless it has one, and why."""
+    """An environment variable, the value that it gets unless it has one, and why; ``synonym`` is another name of it."""
 
     name: str
     value: str
     reason: str
+    synonym: str = ""
 
 
 ALWAYS = (
@@ -22,6 +23,7 @@ ALWAYS = (
         "PYTORCH_CUDA_ALLOC_CONF",
         "expandable_segments:True",
         "dropless routing gives tensors of another size each step; segments that grow are not fragmented by it",
+        synonym="PYTORCH_ALLOC_CONF",
     ),
     Setting(
         "NCCL_NVLS_ENABLE",
@@ -46,4 +48,5 @@ def settings(layout: Layout) -> tuple[Setting, ...]:
 def export(layout: Layout, environ: MutableMapping[str, str] = os.environ) -> None:
     """Put the settings into the environment; before CUDA is used for the first time."""
     for setting in settings(layout):
-        environ.setdefault(setting.name, setting.value)
+        if setting.synonym not in environ:
+            environ.setdefault(setting.name, setting.value)

@@ -117,7 +117,7 @@ def start(
     global _layout
     if layout != _layout:
         _dissolve_groups()
-        _form_groups(layout)
+        _form_groups(layout, timeout)
         _layout = layout
     seed_everything(seed)
     # What torch.use_deterministic_algorithms does, but for importing the compiler to tell it.
@@ -128,7 +128,7 @@ def start(
 _layout: Layout | None = None  # whose groups are formed
 
 
-def _form_groups(layout: Layout) -> None:
+def _form_groups(layout: Layout, timeout: timedelta) -> None:
     from megatron.core import parallel_state
 
     virtual = layout.virtual_pipeline if (layout.virtual_pipeline or 1) > 1 else None
@@ -140,6 +140,7 @@ def _form_groups(layout: Layout) -> None:
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_train.config import RunConfig
 from moe_train.errors import StoppedError, UserError
-from moe_train.training.fence import Fence, FencedError, owner_of, taken_over
+from moe_train.training.fence import Fence, FencedError, held_before, owner_of, taken_over
 from moe_train.training.memory_check import check_gpu_memory, check_host_memory
 from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
@@ -62,7 +62,7 @@ def pretrain(config: RunConfig, nproc: int | None, resume: str) -> int:
         return 0
     result = spawn_ranks(nproc, *rank_target(config, resume))
     tell(result, folder.logs)
-    if not taken_over(folder.path, since):
+    if not _is_of_another(folder, since):
         folder.settle(result.code, result.message or REASONS.get(result.code, "a rank failed"), since)
     return result.code
 
@@ -90,8 +90,8 @@ def train_rank(config: dict[str, Any], resume: str) -> int:
     folder, first = RunFolder(run.output_dir), rank == 0
 
     def leave(reason: str) -> None:
-        """For an end at once: unless another start has the folder by now."""
-        if first and not taken_over(folder.path, since):
+        """For an end at once: unless another start has the folder, or a rank that failed said why all have to end."""
+        if first and not _is_said(folder, since) and not _is_of_another(folder, since):
             folder.settle(StoppedError.exit_code, reason, since)
 
     try:
@@ -111,16 +111,28 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
     """Have outcome.json say how a start failed, whoever started the ranks: the rank that knows the cause writes it.
 
     A rank that only lost its connection to another one does not overwrite what that one wrote, nor does one that has
-    lost the folder to another start.
+    lost the folder to another start, or never took it from one that is at work there.
 
     Args:
         since: `now()` from the beginning of this process: an outcome older than that is of an earlier start.
     """
     lost = is_lost_connection(error)
-    if isinstance(error, FencedError) or (lost and (rank > 0 or folder.ended_since(since))):
+    if isinstance(error, FencedError) or (lost and (rank > 0 or _is_said(folder, since))):
+        return
+    if held_before(folder.path, since):
         return
     text = "lost the connection to another rank, whose log may say why" if lost else str(error) or type(error).__name__
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
+
+
+def _is_of_another(folder: RunFolder, since: str) -> bool:
+    """For a first rank, or the process above it: whether the folder is another start's to write in."""
+    return taken_over(folder.path, since) or held_before(folder.path, since)
+
+
+def _is_said(folder: RunFolder, since: str) -> bool:
+    """Whether a rank has left an outcome since this one began; its own beginning may have been a moment before."""
+    return (folder.read_outcome().get("ended") or "") >= since
 
 
 def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopRequest, since: str) -> int:
@@ -132,7 +144,7 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
         run.layout(world_size),
         seed=run.training.seed,
         deterministic=run.training.deterministic,
-        timeout=timedelta(seconds=4 * run.faults.step_timeout),
+        timeout=timedelta(seconds=11 * run.faults.step_timeout),  # the watchdog, which allows 10, speaks first
     )
     if (memory := topology.device_memory) is not None:
         check_gpu_memory(run, topology.layout, topology.rank, memory)

@@ -29,6 +29,12 @@ def test_the_users_own_stay():
     }
 
 
+def test_nor_is_one_of_another_name_overruled():
+    environment = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}
+    export(Layout(1, 1, 1, None, 1, 1), environment)
+    assert environment.keys() == {"PYTORCH_ALLOC_CONF", "NCCL_NVLS_ENABLE"}
+
+
 def test_a_run_exports_them_before_torch_is_there():
     """Parts of it ask CUDA for its devices as they are imported, and CUDA reads its variables once."""
     program = """
