@@ -5,9 +5,10 @@ marks a pure function of tensors, called inside of an autograd function (it is n
 with ``torch.use_deterministic_algorithms`` (what the compiler picks by timing may differ from start to start), it runs
 as it is written. ``TORCH_COMPILE_DISABLE=1``, torch's own switch, has it run so on GPUs too.
 
-It is compiled when it is first called on a GPU; until then nothing of the compiler is imported. Dimensions that change
-from call to call become dynamic at their first change, and with ``rows`` the first dimension is so from the start: with
-dropless routing the number of rows is another in each step, and none is compiled for again.
+It is compiled when it is first called on a GPU; until then nothing of the compiler is imported. The last dimension is a
+width, and each is compiled for. Others that change from call to call become dynamic at their first change, and with
+``rows`` the first one is so from the start: with dropless routing the number of rows is another in each step, and none
+is compiled for again.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ def fused(function: Callable | None = None, *, rows: bool = False, eager: Callab
     def compiled(*args: Any) -> Any:
         # Neither what is differentiated nor what is a parameter makes another kernel.
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        if rows:
-            for arg in args:
-                if isinstance(arg, torch.Tensor):
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                if rows:
                     torch._dynamo.maybe_mark_dynamic(arg, 0)
+                if arg.dim() > 1:
+                    torch._dynamo.mark_static(arg, arg.dim() - 1)
         with torch.no_grad():
             return compiler()(*args)
 

@@ -15,6 +15,7 @@ from data_pipeline.target import check_target
 from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.training.preflight import check_run
+from parallel import cuda_settings
 from parallel.rank_env import rank_environment
 from parallel.spawn import local_gpus, run_rank, run_ranks
 
@@ -73,11 +74,12 @@ def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json:
 
 def profile_rank(config: dict[str, Any], steps: int, out: str, as_json: bool) -> int:
     """One rank of it; rank 0 writes ``profile.json`` and prints the table."""
-    from parallel import engine
-
     run = RunConfig.model_validate(config)
     environment = rank_environment()
     layout = run.layout(environment.world_size if environment else 1)
+    cuda_settings.export(layout)  # before torch is imported, as a run does
+    from parallel import engine
+
     run = run.model_copy(update={"output_dir": str(Path(out) / "run")})
     check_run(run, layout.world_size, "never")
     topology = engine.start(layout, seed=run.training.seed, deterministic=run.training.deterministic)

@@ -80,3 +80,48 @@ def test_gradients_are_those_of_the_documents_alone(both):
         torch.testing.assert_close(
             parameter.grad.view_as(expected), expected, atol=1e-5 * expected.abs().max().item() + 1e-8, rtol=0
         )
+
+
+def what_a_gpu_is_asked_for() -> dict[str, tuple[bool, bool]]:
+    """Of attention by its kind: whether cuDNN may do it, and whether keys are grouped."""
+    from unittest import mock
+
+    from moe_train.model.attention_core import LayerCache, attend, causal_attention
+    from moe_train.model.tokens import Tokens
+
+    found, attention = {}, F.scaled_dot_product_attention
+
+    def ask(kind: str, length: int, masked=False, cache=None, dtype=torch.bfloat16) -> None:
+        def asked(q, k, v, **options):
+            found[kind] = torch.backends.cuda.cudnn_sdp_enabled(), options.get("enable_gqa", False)
+            return attention(q, k, v, **options)
+
+        q_sbngd = torch.ones(length, 1, 2, 2, 8, dtype=dtype, device="cuda")
+        table = torch.ones(length, 4, dtype=dtype, device="cuda")
+        documents = torch.zeros(1, length, dtype=torch.int64, device="cuda")
+        mask = document_mask(documents, dtype, 2) if masked else None
+        tokens = Tokens(1, length, 0, rotary=(table, table), documents=documents, mask=mask)
+        with mock.patch.object(F, "scaled_dot_product_attention", asked):
+            attend(q_sbngd, q_sbngd[:, :, :, 0], q_sbngd[:, :, :, 0], tokens, causal_attention, cache)
+
+    cache = LayerCache()
+    ask("causal", 192)
+    ask("documents", 128, masked=True)
+    ask("documents of 192", 192, masked=True)
+    ask("a prompt", 192, cache=cache)
+    ask("a token after it", 1, cache=cache)
+    ask("fp32", 128, dtype=torch.float32)
+    return found
+
+
+def test_a_gpu_takes_cudnns_attention_where_it_is_sound_and_planned_once(gpu_ranks):
+    assert gpu_ranks(1).run("tests.moe_train.model.test_documents:what_a_gpu_is_asked_for") == [
+        {
+            "causal": (True, True),
+            "documents": (True, False),
+            "documents of 192": (False, False),
+            "a prompt": (True, True),
+            "a token after it": (False, True),
+            "fp32": (True, False),
+        }
+    ]

@@ -195,3 +195,24 @@ def test_what_the_compiler_lacks_is_said_and_nothing_is_compiled(monkeypatch, tm
     assert [str(each.message).startswith(f"torch.compile lacks {missing}") for each in said] == [True] * (
         missing is not None
     )
+
+
+def test_each_width_has_a_kernel_of_its_own(monkeypatch) -> None:
+    """And none for a width that is a variable, which would then serve the first one too."""
+    from parallel.fuse import fused
+
+    graphs, called = [], []
+
+    def backend(graph, _):
+        number = len(graphs)
+        graphs.append(graph)
+        return lambda *args: called.append(number) or graph.forward(*args)
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend=backend))
+    torch._dynamo.reset()
+    scaled = fused(lambda x, weight: x * weight)
+    for length, width in ((16, 32), (16, 48), (16, 32), (8, 48), (24, 32)):
+        scaled.compiled(torch.ones(length, 4, width), torch.ones(width))
+    assert called[:3] == [0, 1, 0] and len(graphs) == 4, called
+    torch._dynamo.reset()
