@@ -9,6 +9,10 @@ class DataError(ValueError):
     exit_code = 2
 
 
+class MissingDataError(DataError):
+    """A file is not there, or cannot be read."""
+
+
 class DamagedDataError(DataError):
     """A file is not what its own header or its manifest says: cut short, overwritten or corrupted."""
 

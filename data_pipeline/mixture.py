@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MissingDataError
 from data_pipeline.indexed import prefix_of
 from data_pipeline.storage import absolute, find, is_pattern
 from data_pipeline.units import parse_count
@@ -198,7 +198,7 @@ class MixtureConfig(_Part):
         paths = self.sources[name].paths
         for path, found in zip(paths, expand(paths), strict=True):
             if not found:
-                raise DataError(f"source {name!r}: {_nothing_at(path)}")
+                raise MissingDataError(f"source {name!r}: {_nothing_at(path)}")
             prefixes += found
         doubles = (
             {prefix for prefix in prefixes if prefixes.count(prefix) > 1}

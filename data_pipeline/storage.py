@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MissingDataError
 
 if TYPE_CHECKING:
     from data_pipeline.s3 import ObjectStore
@@ -87,16 +87,16 @@ def exists(path: str) -> bool:
 
 
 def facts(path: str) -> tuple[int, Version]:
-    """Size and version of a file. Raises DataError when it is missing."""
+    """Size and version of a file. Raises MissingDataError when it is missing."""
     if is_remote(path):
         found = _store().facts(path)
         if found is None:
-            raise DataError(f"{path}: cannot be read (no such object); check the path")
+            raise MissingDataError(f"{path}: cannot be read (no such object); check the path")
         return found
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise MissingDataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -111,7 +111,7 @@ def read(path: str, start: int = 0, count: int | None = None) -> bytes:
             file.seek(start)
             return file.read() if count is None else file.read(count)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise MissingDataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def absolute(path: str, base: str | os.PathLike[str]) -> str:

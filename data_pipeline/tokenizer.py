@@ -14,7 +14,7 @@ from typing import Protocol
 
 import xxhash
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MissingDataError
 from data_pipeline.target import check_target
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -40,14 +40,14 @@ class Tokenizer(Protocol):
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
-    """xxh3-128 of a file, in hexadecimal. Raises DataError when it cannot be read."""
+    """xxh3-128 of a file, in hexadecimal. Raises MissingDataError when it cannot be read."""
     digest = xxhash.xxh3_128()
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise MissingDataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     return digest.hexdigest()
 
 

@@ -107,7 +107,7 @@ def launch(
         print(done)
         return 0
     supervisor.hosts = nodes
-    named = named_variables(run_file, config)
+    named = named_variables(run_file, overrides, config)
     setup = "\n".join(environment(cluster, named) if cluster else exports(named))
 
     def start(restart: int) -> Hosts:

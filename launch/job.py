@@ -15,7 +15,7 @@ from launch.lead import lead_seconds
 from launch.mounts import inside
 from launch.node import Settings
 from moe_train.config import RunConfig, load_run
-from moe_train.config_file import find_config
+from moe_train.config_file import find_config, load_document
 from moe_train.errors import UserError
 from moe_train.units import parse_time
 
@@ -113,10 +113,11 @@ class Job:
         return ["-m", "launch.preflight", settings.to_json()]
 
 
-def named_variables(run_file: Path, config: RunConfig) -> dict[str, str]:
-    """The environment variables that the run's YAML files name, with their values here."""
-    files = {run_file, Path(config.data.mixture)}
-    names = {name for path in files for name in _VARIABLE.findall(path.read_text(encoding="utf-8"))}
+def named_variables(run_file: Path, overrides: Sequence[str], config: RunConfig) -> dict[str, str]:
+    """The environment variables that the run's YAML files and overrides name, with their values here."""
+    files = {mark.file for mark in load_document(run_file, overrides).marks.values() if mark.line}
+    texts = [Path(file).read_text(encoding="utf-8") for file in {*files, str(run_file), config.data.mixture}]
+    names = {name for text in (*texts, *overrides) for name in _VARIABLE.findall(text)}
     return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 

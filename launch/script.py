@@ -29,7 +29,7 @@ def render(job: Job) -> str:
         "LEAD": str(job.lead),
         "MAX_RESTARTS": str(job.cluster.max_restarts),
         "CHAIN": "1" if job.chain > 1 else "0",
-        "ENVIRONMENT": "\n".join(environment(job.cluster, named_variables(job.run_file, job.config))),
+        "ENVIRONMENT": "\n".join(environment(job.cluster, named_variables(job.run_file, job.overrides, job.config))),
         "ALERTS": "\n".join(alerts(job)),
         "STALL": str(math.ceil(job.config.faults.step_timeout / 2)),
         "CHECK": check_command(job),

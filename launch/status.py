@@ -183,10 +183,10 @@ def _dollars(starts: list[dict], jobs: list[dict], folder: RunFolder, state: str
 
 def _total_tokens(folder: RunFolder, jobs: list[dict]) -> int | None:
     """By the mixture as it is now (it may have been lengthened), else as it was submitted."""
-    from moe_train.config import load_run
+    from moe_train.config import load_resolved
 
     try:
-        return load_run(folder.config_path).total_tokens
+        return load_resolved(folder.config_path).total_tokens
     except Exception as error:  # its files may be gone, or of another machine
         if not isinstance(getattr(error, "exit_code", None), int):
             raise

@@ -20,6 +20,7 @@ from moe_train.checkpoint.commands import Checkpoint, status
 from moe_train.checkpoint.commands import app as checkpoint_app
 from moe_train.errors import UserError
 from moe_train.plan.commands import app as plan_app
+from parallel.errors import file_mistake
 
 OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
 
@@ -351,6 +352,8 @@ def _explain(error: Exception) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())  # type: ignore[attr-defined]
         return 0
+    if mistake := file_mistake(error):
+        error = UserError(mistake)
     code = getattr(error, "exit_code", None)
     if not isinstance(code, int):
         traceback.print_exc()

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import yaml
 from pydantic import Field
 
-from data_pipeline.yaml_marks import Document, validate
+from data_pipeline.yaml_marks import Document, YamlError, parse_yaml, read_yaml, validate
 from moe_train.checkpoint.config import CheckpointConfig
 from moe_train.config_file import load_document, load_part, shown
 from moe_train.model.config import ModelConfig
@@ -121,18 +122,30 @@ class RunConfig(Section):
         return layouts[0]
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML; loading it gives an equal one."""
-        import yaml
-
+        """The resolved config as YAML; `load_resolved` gives an equal one back."""
         data = self.model_dump(mode="json", by_alias=True)
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes for our own reader, to whom other words are numbers than to PyYAML (``5e-4``)."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    try:
+        plain = parse_yaml(text, "").data == text
+    except YamlError:
+        plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _text)
 
 
 def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, with_mixture: bool = True) -> RunConfig:
     """The run file at `path`, or the preset of that name, with `overrides` (``a.b=c``) applied.
 
-    `with_mixture=False` reads neither the mixture file nor what depends on it: for the config of an earlier
-    start, whose files may be gone.
+    `with_mixture=False` reads neither the mixture file nor what depends on it.
 
     Raises an error with ``exit_code`` 2, one line that names file and line (or the override), key and remedy.
     """
@@ -147,6 +160,14 @@ def load_run(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, wit
         _check_dispatcher(config, document)
         _check_overlap(config, document)
     return config
+
+
+def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
+    """The `config.yaml` of a run's folder. Opens none of the files that it names: they may be gone by now.
+
+    Raises an error with ``exit_code`` 2, one line.
+    """
+    return validate(RunConfig, read_yaml(shown(path)))
 
 
 def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ModelConfig:

@@ -3,6 +3,27 @@ with."""
 
 from __future__ import annotations
 
+import errno
+
+_REMEDIES = {
+    errno.EACCES: "see who may read and write there, and enter the folders above",
+    errno.EPERM: "see who may read and write there",
+    errno.EROFS: "name a path on a disk that takes files",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOTDIR: "one of the folders in it is a file: correct the path",
+    errno.ENOSPC: "make room there, or choose another disk",
+    errno.EDQUOT: "make room within the quota, or choose another disk",
+}
+
+
+def file_mistake(error: BaseException) -> str | None:
+    """One line for an OSError that the user of a file can mend (status 2); None for any other error, also for one with
+    an ``exit_code`` of its own."""
+    if not isinstance(error, OSError) or error.filename is None or hasattr(error, "exit_code"):
+        return None
+    remedy = _REMEDIES.get(error.errno)
+    return f"{error.filename}: {error.strerror}; {remedy}" if remedy else None
+
 
 class LayoutError(ValueError):
     """A layout that does not divide the ranks, the model or the batch. One line: the reason and the nearest

@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from parallel.errors import file_mistake
 from parallel.rank_env import rank_environment
 
 ERROR_DIR = "PARALLEL_ERROR_DIR"
@@ -32,7 +33,7 @@ STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signa
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS += (signal.SIGHUP,)
 
-EXIT_BUG, EXIT_STOPPED, EXIT_LOST_RANK = 1, 3, 5
+EXIT_BUG, EXIT_MISTAKE, EXIT_STOPPED, EXIT_LOST_RANK = 1, 2, 3, 5
 
 _PR_SET_PDEATHSIG = 1
 # What torch, gloo and NCCL say when the other end of a connection has gone: the failure was elsewhere.
@@ -58,9 +59,9 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
         log_dir: where ranks > 0 send stdout and stderr (`rank_00001.log`, appended); rank 0 keeps its own.
 
     An exception does not come back: it is reported (to the parent's error folder, else on stderr) and the process
-    ends with the exception's `exit_code`, with 5 for a connection that another rank dropped, or with 1. It ends
-    without the interpreter's clean-up, which waits for peers that may have gone. An exception whose `exit_code` is 3
-    (stopped as asked) is no failure: 3 is returned.
+    ends with the exception's `exit_code`, with 2 for a file that its user can mend, with 5 for a connection that
+    another rank dropped, or with 1. It ends without the interpreter's clean-up, which waits for peers that may have
+    gone. An exception whose `exit_code` is 3 (stopped as asked) is no failure: 3 is returned.
     """
     rank = _own_rank()
     # Until the target takes over the signals there is nothing to save.
@@ -141,6 +142,8 @@ def exit_status(error: BaseException) -> int:
         return code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_STOPPED
+    if file_mistake(error):
+        return EXIT_MISTAKE
     return EXIT_LOST_RANK if is_lost_connection(error) else EXIT_BUG
 
 
@@ -210,6 +213,8 @@ def _fail(error: BaseException, log_dir: Path | str | None) -> NoReturn:
         message = "interrupted"
     elif hasattr(error, "exit_code"):
         message = " ".join(str(error).split("\n"))
+    elif mistake := file_mistake(error):
+        message = mistake
     elif secondary:
         message = "lost the connection to another rank: " + _one_line(error)
     else:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moe_train.errors import PolicyStop
-from moe_train.training.run_folder import locked, now, write_atomically
+from moe_train.training.run_folder import RunFolder, locked, now, write_atomically
 
 OWNER, LOCK = "owner.json", "owner.lock"
 
@@ -124,6 +124,15 @@ def taken_over(folder: Path, since: str) -> bool:
     if owner is None or owner.started < since:
         return False
     return owner.host != socket.gethostname() or os.getpid() not in (owner.pid, owner.parent)
+
+
+def held_before(folder: Path, since: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """For a start that began at ``since`` and ends without having taken the folder: whether another one, as far as can
+    be told from here, is still at work in it. An earlier incarnation of the same job is not."""
+    owner, job = owner_of(folder), environment.get("SLURM_JOB_ID")
+    if owner is None or owner.started >= since or not owner.may_be_alive() or (job and owner.job == job):
+        return False
+    return (RunFolder(folder).read_outcome().get("ended") or "") < owner.started
 
 
 def owner_of(folder: Path) -> Owner | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DamagedDataError
+from data_pipeline.errors import DamagedDataError, MissingDataError
 from data_pipeline.ledger import Ledger
-from data_pipeline.sources import open_sources
+from data_pipeline.sources import Source, open_sources
 from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
-from moe_train.config import RunConfig, load_run
-from moe_train.errors import DamagedError, UserError
+from moe_train.config import RunConfig, load_resolved
+from moe_train.errors import DamagedError, HardwareError, UserError
 from moe_train.resume_rules import Change, check_resume
 from moe_train.training.run_folder import RunFolder
 
@@ -19,7 +20,8 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
     """Check layout, mixture and the run's folder; return what changed since the last start and is to be recorded.
 
     Raises:
-        an error with ``exit_code`` 2, one line, for whatever would stop the run later.
+        an error with ``exit_code`` 2, one line, for whatever would stop the run later; with 5 for a corpus of the run
+        that is gone.
     """
     config.layout(world_size)
     if not config.data.mixture:
@@ -37,7 +39,7 @@ def check_run(config: RunConfig, world_size: int, resume: str) -> list[Change]:
             _check_checkpoint("checkpoint.initialize_from:", config.checkpoint.initialize_from)
         return []
     if folder.config_path.exists() and (resume == "auto" or _is_of(folder, resolve_checkpoint(resume))):
-        return check_resume(load_run(folder.config_path, with_mixture=False), config)
+        return check_resume(load_resolved(folder.config_path), config)
     return []
 
 
@@ -60,19 +62,52 @@ def check_mixture(config: RunConfig, resume: str) -> Ledger | None:
         the ledger that the run will go by; None where that is for the ranks to find out.
 
     Raises:
-        an error with ``exit_code`` 2, one line.
+        an error with ``exit_code`` 2, one line; HardwareError as `open_corpora`.
     """
-    sources, folder = open_sources(config.mixture, config.model.vocab_size), RunFolder(config.output_dir)
+    folder = RunFolder(config.output_dir)
     state = None if resume == "never" else _run_state(folder.path if resume == "auto" else resume)
-    if state is not None:
-        try:
-            before = Ledger.from_json(state["ledger"])
-        except (KeyError, DamagedDataError):
-            return None  # the ranks judge it, and may take an older one
+    try:
+        before = None if state is None else Ledger.from_json(state["ledger"])
+    except (KeyError, DamagedDataError):
+        before = None
+    sources = open_corpora(config, before)
+    if before is not None:
         return before.resume(config.mixture, sources, state["samples"])
-    if folder.holds_run or config.checkpoint.copy_to is not None:  # a copy of a lost folder may hold another past
+    # The ranks judge what cannot be read, and may take an older one; a copy of a lost folder may hold another past.
+    if state is not None or folder.holds_run or config.checkpoint.copy_to is not None:
         return None
     return Ledger.start(config.mixture, sources)
+
+
+def open_corpora(config: RunConfig, before: Ledger | None) -> dict[str, Source]:
+    """The sources of the run's mixture, opened and checked.
+
+    Args:
+        before: what the run has fed so far, if it has.
+
+    Raises:
+        DataError: a mistake in the mixture or its files.
+        HardwareError: a file is gone under the same path where the run has read it before. That is no mistake in the
+            mixture, and another node, or a later start, may see it.
+    """
+    mixture = config.mixture
+    try:
+        return open_sources(mixture, config.model.vocab_size)
+    except (MissingDataError, OSError):
+        if before is None:
+            raise
+        known = {name: each.paths for name, each in before.mixture.sources.items()}
+        same = {name: each for name, each in mixture.sources.items() if known.get(name) == each.paths}
+        tokenizer = mixture.tokenizer if mixture.tokenizer == before.mixture.tokenizer else None
+        try:
+            open_sources(mixture.model_copy(update={"sources": same, "tokenizer": tokenizer}), config.model.vocab_size)
+        except (MissingDataError, OSError) as error:
+            raise HardwareError(
+                f"{str(error).partition(';')[0]} on {socket.gethostname()}, but the run has read it before: mend the "
+                "mount or the disk, or leave the node out, and start again; if it was moved or removed for good, edit "
+                f"{config.data.mixture}"
+            ) from None
+        raise
 
 
 def _run_state(path: str | Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from moe_train.training.preflight import check_run, completion
 from moe_train.training.run_folder import RunFolder, now
 from moe_train.training.signals import StopRequest
 from parallel import cuda_settings
+from parallel.errors import file_mistake
 from parallel.rank import exit_status, is_lost_connection
 from parallel.spawn import local_gpus, rank_environment, rank_log_path, run_rank, spawn_ranks, tell
 
@@ -121,8 +122,13 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
         return
     if held_before(folder.path, since):
         return
-    text = "lost the connection to another rank, whose log may say why" if lost else str(error) or type(error).__name__
+    text = "lost the connection to another rank, whose log may say why" if lost else _told(error)
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
+
+
+def _told(error: BaseException) -> str:
+    """What outcome.json says of it."""
+    return file_mistake(error) or str(error) or type(error).__name__
 
 
 def _is_of_another(folder: RunFolder, since: str) -> bool:
@@ -207,7 +213,7 @@ def _train_as_owner(
         reason = train(trainer, recorder, checkpointer, stop, watchdog)
     except BaseException as error:
         checkpointer.close()
-        recorder.close(exit_status(error), str(error) or type(error).__name__)
+        recorder.close(exit_status(error), _told(error))
         raise
     finally:
         trainer.close()

@@ -10,7 +10,6 @@ import torch
 from data_pipeline.heldout import open_heldout
 from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
-from data_pipeline.sources import open_sources
 from data_pipeline.stream import SampleStream
 from moe_train.checkpoint.folder import read_run_state
 from moe_train.checkpoint.load import check_same_model, find_checkpoint, initialize_from, load_checkpoint
@@ -22,6 +21,7 @@ from moe_train.training.adaptive import AdaptiveCoefficients
 from moe_train.training.depth_monitor import DepthMonitor
 from moe_train.training.faults import FaultGuard
 from moe_train.training.optimizer import Optimizer, wrap_data_parallel
+from moe_train.training.preflight import open_corpora
 from moe_train.training.router_monitor import RouterMonitor
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.schedule import LearningRate
@@ -198,9 +198,9 @@ class Trainer:
 
     def _open_data(self) -> None:
         config, mixture = self.config, self.config.mixture
-        sources = open_sources(mixture, config.model.vocab_size)
-        if self.previous_state:
-            before = Ledger.from_json(self.previous_state["ledger"])
+        before = Ledger.from_json(self.previous_state["ledger"]) if self.previous_state else None
+        sources = open_corpora(config, before)
+        if before is not None:
             self.ledger = before.resume(mixture, sources, self.position.samples)
         else:
             self.ledger = Ledger.start(mixture, sources)
