@@ -24,7 +24,7 @@ def _checkpointer(built, folder: str, **config: Any):
 
     chunks, _, optimizer, _, topology = built
     said: list[str] = []
-    options = {name: config.pop(name) for name in ("may_commit", "saved", "tokenizer") if name in config}
+    options = {name: config.pop(name) for name in ("may_commit", "saved", "tokenizer", "mirror") if name in config}
     checkpointer = Checkpointer(
         Path(folder), CheckpointConfig(**config), chunks, optimizer, topology, warn=said.append, **options
     )
@@ -44,10 +44,12 @@ def train_and_save(layout: dict, folder: str, precision: str, steps: int = 2) ->
     checkpointer.finish()
 
 
-def save_each_step(layout: dict, folder: str, steps: int, tokenizer: str) -> None:
-    """Take steps and save after each, with a tokenizer."""
+def save_each_step(layout: dict, folder: str, steps: int, tokenizer: str, lose: bool = False) -> None:
+    """Take steps and save after each, with a tokenizer; ``lose``: whose file goes before the first."""
     built = _built(layout, "fp32")
     checkpointer, _ = _checkpointer(built, folder, tokenizer=Path(tokenizer))
+    if lose and built[-1].rank == 0:
+        Path(tokenizer).unlink()
     for step in range(1, steps + 1):
         run_steps(built, range(step - 1, step), small_model().vocab_size)
         checkpointer.save(step, _state(step))
@@ -188,6 +190,36 @@ def save_forbidden(folder: str) -> str:
     except PolicyStop as error:
         return str(error)
     return "well"
+
+
+def finish_while_copying(folder: str, place: str, how: str) -> tuple[list[str], bool]:
+    """Save step 1 into ``folder`` and end the run while the copy into ``place`` takes its time, ``fails``, or is
+    ``given up``: what was said, and whether the copy was whole when this rank had finished."""
+    from moe_train.checkpoint import save
+    from moe_train.checkpoint.manifest import is_complete
+    from moe_train.checkpoint.mirror import Mirror
+
+    class Slow(Mirror):
+        def push(self, path: Path) -> None:
+            if how == "given up":
+                return time.sleep(60)
+            time.sleep(1)
+            if how == "fails":
+                raise OSError("the line is down")
+            super().push(path)
+
+    built = _built({}, "fp32")
+    mirror = Slow(place, 2, Path(folder).parent) if built[-1].rank == 0 else None
+    checkpointer, said = _checkpointer(built, folder, copy_to=place, mirror=mirror)
+    before, waited = (save.COPY_SECONDS, save.COPY_POLL_SECONDS), []
+    save.COPY_SECONDS, save.COPY_POLL_SECONDS = 1.0 if how == "given up" else 60.0, 0.1
+    try:
+        checkpointer.save(1, _state(1))
+        checkpointer.finish(lambda: waited.append(True))
+        assert waited  # the watchdog would have heard of it
+    finally:
+        save.COPY_SECONDS, save.COPY_POLL_SECONDS = before
+    return said, is_complete(Path(place) / "iter_0000001")
 
 
 def save_and_die(folder: str, rank: int) -> None:

@@ -51,7 +51,8 @@ def verify(checkpoint: str | Path, every: bool = False) -> int:
     """Check the hash of every file of a checkpoint, and that it covers every element of the model exactly
     once.
 
-    With ``every`` all checkpoints of a run's folder are checked, to the last one.
+    With ``every`` all checkpoints of a run's folder are checked, to the last one; of those that go meanwhile, as in a
+    run that is on, it is said.
 
     Raises:
         DamagedError: with each checkpoint's first file that is not as it was written, and why.
@@ -64,6 +65,9 @@ def verify(checkpoint: str | Path, every: bool = False) -> int:
         try:
             print(_verify(path))
         except DamagedError as error:
+            if not path.exists():
+                print(f"{path} was removed meanwhile")
+                continue
             faults.append(str(error))
             print(f"damaged: {error}")
     if faults:

@@ -19,7 +19,7 @@ from moe_train.checkpoint.folder import (
     set_aside,
     step_of,
 )
-from moe_train.checkpoint.manifest import MANIFEST, UnreadableError, check_file, read_manifest
+from moe_train.checkpoint.manifest import MANIFEST, UnreadableError, check_file, manifest_hash, read_manifest
 from moe_train.checkpoint.pieces import pieces_of_scales, pieces_to_load
 from moe_train.checkpoint.random_state import restore_random_state
 from moe_train.checkpoint.reader import read_metadata, read_pieces
@@ -48,9 +48,7 @@ def find_checkpoint(
 
     None where there never was one. All ranks check the hashes together, each file once. A checkpoint that is
     not whole is set aside (renamed to ``.damaged``) with the reason on the console, and the one before is
-    taken. When ``which`` is one of ``folder``'s own, the later ones are set aside too (``.superseded``): the
-    run is about to go another way. Where ``folder`` has none (its disk is gone), rank 0 fetches the newest
-    whole copy from ``mirror``.
+    taken. Where ``folder`` has none (its disk is gone), rank 0 fetches the newest whole copy from ``mirror``.
 
     Raises:
         DamagedError: none of the checkpoints is whole, or the one that was asked for is not.
@@ -60,12 +58,7 @@ def find_checkpoint(
     ranks = topology or _OneRank()
     first = ranks.rank == 0
     if which != "auto":
-        path = asked_for(which, ranks)
-        if first and path.parent.resolve() == folder.resolve():
-            for later in [each for each in checkpoints(folder) if step_of(each) > step_of(path)]:
-                aside = set_aside(later, SUPERSEDED)
-                _say(f"{later} is of a part of the run that is given up; set aside as {aside.name}")
-        return path
+        return asked_for(which, ranks)
     if first:
         clean(folder)
     committed = ranks.from_rank_zero(checkpoints(folder) if first else None)
@@ -90,6 +83,28 @@ def find_checkpoint(
             f"{folder} holds no checkpoint that is whole ({what}); restore one, or start a new run elsewhere"
         )
     return None
+
+
+def give_up_later(folder: Path, path: Path, topology: Topology | None = None) -> None:
+    """When every rank has loaded the checkpoint ``path``, from wherever, and the run in ``folder`` goes on from there:
+    set aside (``.superseded``) those of ``folder`` that a later start would take for newer, and retention for those to
+    keep. They are the later ones, and one of the same step that is not the same checkpoint."""
+    ranks = topology or _OneRank()
+    ranks.gather(None)  # a rank that could not load it ends the run with nothing set aside
+    if ranks.rank > 0:
+        return
+    step = read_run_state(path)["step"]
+    for each in checkpoints(folder):
+        if step_of(each) > step or (step_of(each) == step and not _same(each, path)):
+            aside = set_aside(each, SUPERSEDED)
+            _say(f"{each} is of a part of the run that is given up; set aside as {aside.name}")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return manifest_hash(one) == manifest_hash(other)
+    except DamagedError:
+        return False
 
 
 def asked_for(which: str, topology: Topology | _OneRank | None = None) -> Path:

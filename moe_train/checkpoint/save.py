@@ -41,6 +41,8 @@ RECEIPT_SECONDS = 1800.0
 """How long rank 0 waits for the receipts of the others."""
 COPY_SECONDS = 3600.0
 """How long a run that has ended waits for its last copy."""
+COPY_POLL_SECONDS = 2.0
+"""How often the ranks ask rank 0 meanwhile."""
 
 
 class Checkpointer:
@@ -53,6 +55,7 @@ class Checkpointer:
         saved: called on rank 0 with the path of each committed checkpoint, from the thread that wrote it.
         may_commit: called on rank 0 before a checkpoint is committed; an error that it raises prevents that,
             and ends the run if it has an ``exit_code``.
+        tokenizer: goes into each checkpoint as it is now, whatever becomes of the file during the run.
         mirror: on rank 0, where committed checkpoints are copied.
     """
 
@@ -70,7 +73,8 @@ class Checkpointer:
         mirror: Mirror | None = None,
     ):
         self.folder, self.config, self.topology = folder, config, topology
-        self.tokenizer, self.warn, self.saved, self.may_commit = tokenizer, warn, saved, may_commit
+        self.warn, self.saved, self.may_commit = warn, saved, may_commit
+        self.tokenizer = (tokenizer.name, tokenizer.read_bytes()) if tokenizer and topology.rank == 0 else None
         self._model_config, self._chunks, self._optimizer = chunks[0].model_config, chunks, optimizer
         self._copies = HostCopies()
         self._save: _Save | None = None
@@ -138,15 +142,22 @@ class Checkpointer:
             raise PolicyStop(text)
         self._warn(text)
 
-    def finish(self) -> None:
+    def finish(self, waiting: Callable[[], None] = lambda: None) -> None:
         """:meth:`wait`, at the end of a run, and until the copies are made: what is not on disk now is lost.
+
+        Every rank waits for the copies of rank 0, which would be cut where a launcher ends all ranks once one has
+        ended: a moment at a time, as no collective may last for as long as a copy does.
+
+        Args:
+            waiting: called every few seconds until the copies are made.
 
         Raises:
             PolicyStop: the last checkpoint could not be written.
         """
         self.wait()
-        if self._mirroring is not None and not self._mirroring.wait(COPY_SECONDS):
-            self._warn(f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up")
+        since = time.monotonic()
+        while self.config.copy_to is not None and self.topology.from_rank_zero(self._wait_for_copy(since)):
+            waiting()
         if self._last_failure is not None:
             raise PolicyStop(
                 f"the last checkpoint could not be written ({self._last_failure}):"
@@ -169,6 +180,15 @@ class Checkpointer:
             remove_superseded(self.folder, self.config, in_use)
         except OSError as error:
             self.warn(f"an old checkpoint in {self.folder} could not be removed ({error})")
+
+    def _wait_for_copy(self, since: float) -> bool:
+        """On rank 0, for a moment: whether there is still something to wait for."""
+        if self._mirroring is None or self._mirroring.wait(COPY_POLL_SECONDS):
+            return False
+        late = time.monotonic() - since > COPY_SECONDS
+        if late:
+            self._warn(f"the last copy to {self.config.copy_to} took more than {COPY_SECONDS:g} s and was given up")
+        return not late
 
     def _copied(self, checkpoint: Path, error: str | None) -> None:
         if error is not None:
@@ -229,8 +249,9 @@ class _Save(threading.Thread):
         (self.writing / RUN_STATE).write_text(json.dumps(self._state, indent=1) + "\n", encoding="utf-8")
         others = [RUN_STATE]
         if owner.tokenizer is not None:
-            shutil.copyfile(owner.tokenizer, self.writing / owner.tokenizer.name)
-            others.append(owner.tokenizer.name)
+            name, content = owner.tokenizer
+            (self.writing / name).write_bytes(content)
+            others.append(name)
         entries |= describe(self.writing, others)
         for rank, each in enumerate(written):
             entries |= each.entries

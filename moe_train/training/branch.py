@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from moe_train.checkpoint.folder import WRITING, commit
@@ -27,10 +28,11 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
 
     The checkpoint is linked (copied, on another file system) into the new run's folder, so that a start of the new run
     that is interrupted before its first save goes on from there; the metrics of the steps before are copied, so that
-    its curve is whole. Under torchrun or srun rank 0 does so; the others meet it when the ranks join.
+    its curve is whole. A branch that is interrupted before all that is there can be started again. Under torchrun or
+    srun rank 0 does so; the others meet it when the ranks join.
 
     Raises:
-        UserError: ``source`` names no checkpoint, or the new run's folder holds a run already.
+        UserError: ``source`` names no checkpoint, the new run's folder holds a run already, or the copy fails.
     """
     match = re.fullmatch(r"(.+)@(\d+)", source)
     if not match:
@@ -49,21 +51,40 @@ def branch(source: str, new: str, overrides: Iterable[str] = (), nproc: int | No
 
 
 def _prepare(folder: RunFolder, origin: RunFolder, checkpoint: Path, step: int, new: str) -> None:
-    """Make ``folder`` that of a run that stands at ``checkpoint``."""
+    """Make ``folder`` that of a run that stands at ``checkpoint``: it holds none until all of it is there."""
+    for left in folder.checkpoints.glob(f"iter_*{WRITING}.branch"):  # a branch that was interrupted
+        shutil.rmtree(left, ignore_errors=True)
     if folder.holds_run:
         raise UserError(
             f"{folder.path} holds a run already: set another output_dir in {new}, or go on with it by moe-train "
             "pretrain"
         )
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    if origin.metrics_path.exists():
-        shutil.copyfile(origin.metrics_path, folder.metrics_path)
-    new_run_id(folder.path)  # not the origin's, which the checkpoint carries
-    folder.event("branch", step, origin=str(origin.path.resolve()))
     writing = folder.checkpoints / f"{checkpoint.name}{WRITING}.branch"
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.copytree(checkpoint, writing, copy_function=_link)
-    commit(folder.checkpoints / checkpoint.name, writing)
+    metrics, has_metrics = folder.metrics_path.with_suffix(".part"), origin.metrics_path.exists()
+    try:
+        shutil.copytree(checkpoint, writing, copy_function=_link)
+        if has_metrics:
+            shutil.copyfile(origin.metrics_path, metrics)
+        new_run_id(folder.path)  # not the origin's, which the checkpoint carries
+        commit(folder.checkpoints / checkpoint.name, writing)
+        if has_metrics:
+            metrics.rename(folder.metrics_path)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        with suppress(OSError):
+            metrics.unlink()
+        raise UserError(
+            f"{checkpoint} cannot be copied into {folder.path} ({_reason(error)}); see to that, then start the branch "
+            "again"
+        ) from None
+    folder.event("branch", step, origin=str(origin.path.resolve()))
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, in one line; a copied folder has a list of it."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][2])
+    return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
 
 
 def _link(source: str, target: str) -> None:

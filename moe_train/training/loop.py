@@ -103,8 +103,9 @@ def train(
         if reason:
             break
         watchdog.feed(f"step {step + 1}")
-    with watchdog.allow(10 * config.faults.step_timeout, "the last checkpoint"):
-        checkpointer.finish()
+    patience = 10 * config.faults.step_timeout
+    with watchdog.allow(patience, "the last checkpoint"):
+        checkpointer.finish(lambda: watchdog.arm("the last copy of a checkpoint", patience))
     watchdog.disarm()
     return reason
 

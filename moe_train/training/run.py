@@ -155,6 +155,7 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
     if (memory := topology.device_memory) is not None:
         check_gpu_memory(run, topology.layout, topology.rank, memory)
     status = _train(run, topology, resume, changes, stop, since)
+    topology.from_rank_zero(None)  # it has said how the run ended: srun would have cut it off if others ended before
     # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any
     # more.
     engine.stop()

@@ -12,7 +12,13 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
 from data_pipeline.stream import SampleStream
 from moe_train.checkpoint.folder import read_run_state
-from moe_train.checkpoint.load import check_same_model, find_checkpoint, initialize_from, load_checkpoint
+from moe_train.checkpoint.load import (
+    check_same_model,
+    find_checkpoint,
+    give_up_later,
+    initialize_from,
+    load_checkpoint,
+)
 from moe_train.checkpoint.mirror import open_mirror
 from moe_train.config import RunConfig
 from moe_train.model.build import DTYPES, build_model
@@ -192,6 +198,8 @@ class Trainer:
             self.position = Position(self.previous_state["step"], self.previous_state["samples"])
             self.guard.restore(self.previous_state["faults"])
             self.coefficients.restore(self.previous_state.get("load_balancing_coefs", {}))
+            if resume != "auto":
+                give_up_later(self.folder.checkpoints, self.resumed_from, self.topology)
         elif self.config.checkpoint.initialize_from is not None:
             initialize_from(self.config.checkpoint.initialize_from, self.model, self.config.model, self.topology)
             self.optimizer.reload_main_parameters()

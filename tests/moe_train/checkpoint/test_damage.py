@@ -12,7 +12,7 @@ import pytest
 from moe_train import cli
 from moe_train.checkpoint.folder import POINTER
 from moe_train.checkpoint.inspect import verify
-from moe_train.checkpoint.load import find_checkpoint
+from moe_train.checkpoint.load import find_checkpoint, give_up_later
 from moe_train.errors import DamagedError, HardwareError, UserError
 from tests.moe_train.checkpoint.conftest import add_checkpoint
 
@@ -129,11 +129,16 @@ def test_what_a_killed_save_left_goes(run) -> None:
     ]
 
 
-def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, capsys) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, tmp_path, capsys, kept) -> None:
+    """Also where it is a copy that was kept elsewhere, of one that the run still has."""
     folder = run / "checkpoints"
-    assert find_checkpoint(folder, str(folder / "iter_0000100")) == folder / "iter_0000100"
+    path = shutil.copytree(folder / "iter_0000100", tmp_path / "kept") if kept else folder / "iter_0000100"
+    assert find_checkpoint(folder, str(path)) == path
+    assert (folder / "iter_0000300").exists()  # it is not loaded yet
+    give_up_later(folder, path)
     assert "given up" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.glob("iter_*")) == [
+    assert sorted(each.name for each in folder.glob("iter_*")) == [
         "iter_0000100",
         "iter_0000200.superseded",
         "iter_0000300.superseded",
@@ -142,11 +147,29 @@ def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, capsys) -> None
     assert find_checkpoint(folder) == folder / "iter_0000150"
 
 
-def test_one_of_another_run_leaves_both_as_they_are(run, tmp_path) -> None:
+def test_what_was_given_up_is_taken_up_again(run) -> None:
+    folder = run / "checkpoints"
+    give_up_later(folder, folder / "iter_0000100")
+    add_checkpoint(folder, 150)
+    (add_checkpoint(folder, 200) / "manifest.json").write_text("{}")  # as good as another one
+    path = find_checkpoint(folder, str(folder / "iter_0000200.superseded"))
+    give_up_later(folder, path)
+    assert sorted(each.name for each in folder.glob("iter_*")) == [
+        "iter_0000100",
+        "iter_0000150",
+        "iter_0000200.superseded",
+        "iter_0000200.superseded2",
+        "iter_0000300.superseded",
+    ]
+
+
+def test_one_of_another_run_gives_up_the_later_ones_of_this_folder_alone(run, tmp_path) -> None:
     other = tmp_path / "other" / "checkpoints"
-    add_checkpoint(other, 900)
-    assert find_checkpoint(other, str(run / "checkpoints" / "iter_0000100")).name == "iter_0000100"
-    assert (other / "iter_0000900").exists() and (run / "checkpoints" / "iter_0000300").exists()
+    for step in (50, 900):
+        add_checkpoint(other, step)
+    give_up_later(other, run / "checkpoints" / "iter_0000100")
+    assert (run / "checkpoints" / "iter_0000300").exists()
+    assert sorted(path.name for path in other.glob("iter_*")) == ["iter_0000050", "iter_0000900.superseded"]
 
 
 def test_a_bad_one_by_its_path_is_refused(run) -> None:

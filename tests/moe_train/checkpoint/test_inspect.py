@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from moe_train.checkpoint import inspect
 from moe_train.checkpoint.coverage import what_is_not_covered
+from moe_train.checkpoint.folder import remove
 from moe_train.checkpoint.inspect import list_checkpoints, verify
+from moe_train.checkpoint.manifest import check_files
 from moe_train.checkpoint.reader import read_metadata
 from moe_train.checkpoint.retention import is_verified
 from moe_train.errors import DamagedError, UserError
@@ -49,6 +52,21 @@ def test_verify_all_goes_on_to_the_last(run, capsys) -> None:
         verify(run, every=True)
     assert "iter_0000300: 3 files are as written" in capsys.readouterr().out
     assert is_verified(folder / "iter_0000300") and not is_verified(folder / "iter_0000200")
+
+
+def test_what_goes_while_it_is_verified_is_not_damaged(run, capsys, monkeypatch) -> None:
+    """Retention of a run that is on."""
+    folder = run / "checkpoints"
+
+    def meanwhile(path, entries):
+        remove(folder / "iter_0000200")
+        monkeypatch.undo()
+        return check_files(path, entries)
+
+    monkeypatch.setattr(inspect, "check_files", meanwhile)
+    assert verify(run, every=True) == 0
+    said = capsys.readouterr().out
+    assert "iter_0000200 was removed meanwhile" in said and "iter_0000300: 3 files are as written" in said
 
 
 def test_nothing_to_list(tmp_path) -> None:

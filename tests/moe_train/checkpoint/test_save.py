@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_a_folder_that_cannot_be_written(ranks, tmp_path, async_save) -> None:
     said = ranks(2).run(ON_RANKS + "save_into", str(tmp_path / "file" / "checkpoints"), async_save)
     assert len(said[0]) == 1 and "iter_0000001 was not written" in said[0][0] and "Not a directory" in said[0][0]
     assert not said[1]
+
+
+def test_a_tokenizer_that_is_moved_or_replaced_is_stored_as_it_was(ranks, tmp_path) -> None:
+    tokenizer = tmp_path / "own.model"
+    tokenizer.write_bytes(b"as it was")
+    ranks(1).run(ON_RANKS + "save_each_step", {}, str(tmp_path / "checkpoints"), 1, str(tokenizer), True)
+    checkpoint = tmp_path / "checkpoints" / "iter_0000001"
+    assert (checkpoint / "own.model").read_bytes() == b"as it was" and verify(checkpoint) == 0
+
+
+@pytest.mark.parametrize("how", ["whole", "fails", "given up"])
+def test_all_ranks_wait_for_the_last_copy(ranks, tmp_path, how) -> None:
+    """A launcher that ends all ranks when the first one has ended would cut it."""
+    folder, place = str(tmp_path / "run" / "own"), str(tmp_path / "copies")
+    (said, here), (_, there) = ranks(2).run(ON_RANKS + "finish_while_copying", folder, place, how)
+    assert here == there == (how == "whole")
+    words = {"whole": [], "fails": ["was not copied to .*the line is down"], "given up": ["was given up"]}[how]
+    assert len(said) == len(words) and all(re.search(word, line) for word, line in zip(words, said))
 
 
 def test_who_lost_the_folder_commits_nothing(ranks, tmp_path) -> None:
