@@ -65,14 +65,15 @@ _warm: dict[bool, WarmServer] = {}
 def start(
     folder: Path,
     *arguments: str,
-    nproc: int = 2,
+    nproc: int | None = 2,
     verb: tuple[str, ...] = ("pretrain",),
     fresh: bool = False,
     gpu: bool = False,
 ) -> subprocess.Popen | WarmStart:
-    """`moe-train pretrain run.yaml --nproc N ...`, running; `fresh`: in new interpreters, as on a cluster; `gpu`: on
-    what looks like GPUs."""
-    command = [*verb, str(folder / "run.yaml"), "--nproc", str(nproc), *arguments]
+    """`moe-train pretrain run.yaml --nproc N ...`, running; `nproc=None`: as one of the ranks that the environment
+    tells of; `fresh`: in new interpreters, as on a cluster; `gpu`: on what looks like GPUs."""
+    ranks = [] if nproc is None else ["--nproc", str(nproc)]
+    command = [*verb, str(folder / "run.yaml"), *ranks, *arguments]
     if not fresh:
         if gpu not in _warm:
             _warm[gpu] = WarmServer(gpu)

@@ -85,6 +85,23 @@ def test_what_the_script_says(tmp_path: Path) -> None:
     assert "\n#SBATCH --dependency=singleton\n" in chain and "\nCHAIN=1\n" in chain
 
 
+def test_variables_of_every_file_and_override_reach_the_ranks(tmp_path: Path, monkeypatch) -> None:
+    """Also where a site starts jobs with nothing of the submitter's environment."""
+    for name in ("STEPS", "COPIES", "TEXT", "NAME"):
+        monkeypatch.setenv(f"OUR_{name}", {"STEPS": "9"}.get(name, f"/of/{name}"))
+    path = write_run(tmp_path, checkpoint="parts/checkpoint.yaml")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/checkpoint.yaml").write_text("interval: 8 steps\ncopy_to: ${OUR_COPIES}\n")
+    path.write_text(path.read_text().replace("precision: fp32", "max_steps: ${OUR_STEPS}"))
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(mixture.read_text().replace("web.bin", "${OUR_TEXT}/web.bin"))
+    for folder in (tmp_path, tmp_path / "parts"):  # from wherever it is submitted
+        monkeypatch.chdir(folder)
+        script = render(load_job(str(path), ["logging={wandb: {project: ${OUR_NAME}}}"]))
+        exported = {line for line in script.splitlines() if line.startswith("export OUR_")}
+        assert exported == {f"export OUR_{n}=/of/{n}" for n in ("COPIES", "TEXT", "NAME")} | {"export OUR_STEPS=9"}
+
+
 def test_paths_with_marks_of_the_shell_stand_whole_in_a_directive(tmp_path: Path) -> None:
     for name in ("it's", "run#7", "a b"):
         script = render(load_job(str(write_run(tmp_path)), [f"output_dir={tmp_path}/{name}"]))

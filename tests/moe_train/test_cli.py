@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +15,7 @@ import pytest
 from moe_train import __version__
 from moe_train.cli import main
 from moe_train.errors import DamagedError, HardwareError, PolicyStop, StoppedError, UserError
+from tests.integration.runs import write_corpora
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
@@ -99,6 +103,57 @@ def test_a_bug_is_a_traceback_and_status_1(monkeypatch: pytest.MonkeyPatch, caps
     assert main(["pretrain", "demo"]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and "KeyError: 'missing'" in text and "this is a bug" in text
+
+
+VERBS_ON_PATHS = [
+    ["pretrain", "PATH/run.yaml"],
+    ["pretrain", "run.yaml", "parallel.expert=1", "output_dir=PATH/run"],
+    ["pretrain", "run.yaml", "parallel.expert=1", "output_dir=new", "--resume", "PATH/run"],
+    ["mix", "PATH/run"],
+    ["checkpoint", "list", "PATH/run"],
+    ["generate", "PATH/run", "--prompt", "x"],
+    ["branch", "PATH/run@8", "run.yaml"],
+    ["launch", "status", "PATH/run"],
+    ["launch", "local", "run.yaml", "output_dir=PATH/run"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS_ON_PATHS, ids=lambda words: " ".join(words[:2]))
+def test_a_path_that_cannot_be_used_is_one_line_and_status_2(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path)
+    assert main([word.replace("PATH", "x" * 300) for word in verb]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert "there is no" in said or "File name too long; give it a shorter name" in said, said
+
+
+def test_a_folder_that_one_may_not_enter_is_one_line_and_status_2(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0)
+    command = [sys.executable, "-m", "moe_train", "mix", str(secret / "run")]
+    if os.geteuid() == 0:  # who may enter any, unless without that right
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+        if shutil.which("setpriv") is None or subprocess.run([*command[:2], "true"], capture_output=True).returncode:
+            pytest.skip("needs setpriv, or another user than root")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {secret}/run: Permission denied; see who may read and write there")
+
+
+def test_an_error_about_a_file_keeps_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+        error.exit_code = 6  # type: ignore[attr-defined]
+        raise error
+
+    stand_in(monkeypatch, "moe_train.training.run", pretrain=fail)
+    assert main(["pretrain", "demo"]) == 6
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:

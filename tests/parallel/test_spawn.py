@@ -47,6 +47,7 @@ def fails(folder, kind):
         if kind == "kill": os.kill(os.getpid(), signal.SIGKILL)
         if kind == "status": os._exit(7)
         if kind == "exit": sys.exit(4)
+        if kind == "file": open("/dev/null/text")
         if kind == "echo-first": time.sleep(0.3); raise UserMistake("the cause")
     elif kind == "echo-first":
         # What a peer sees: here even before the cause is reported.
@@ -74,6 +75,8 @@ def ignores(folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sleep(folder)
 """
+
+NO_FOLDER = "one of the folders in it is a file: correct the path"
 
 PARENT = """
 import sys
@@ -138,6 +141,7 @@ def test_success_with_a_rendezvous_and_logs(ranks, tmp_path, monkeypatch, capfd)
         ("bug", 1, "error: rank 1: ValueError: not two lines"),
         ("kill", 5, "error: rank 1 was killed by SIGKILL (the kernel does that when memory runs out)"),
         ("status", 7, "error: rank 1 ended with status 7"),
+        ("file", 2, f"error: rank 1: /dev/null/text: Not a directory; {NO_FOLDER}"),
         ("exit", 4, "error: rank 1 ended with status 4"),
         ("echo-first", 2, "error: rank 1: the cause"),
     ],

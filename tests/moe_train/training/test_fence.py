@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_train.training.fence import OWNER, Fence, FencedError, taken_over
-from moe_train.training.run_folder import now
+from moe_train.training.fence import OWNER, Fence, FencedError, held_before, taken_over
+from moe_train.training.run_folder import RunFolder, now
 
 
 def test_the_first_start_has_no_predecessor(tmp_path) -> None:
@@ -94,3 +94,22 @@ def test_the_process_above_the_ranks_knows_whose_outcome_it_is(tmp_path) -> None
     assert taken_over(tmp_path, since)
     (tmp_path / OWNER).write_text(json.dumps({**owner, "started": "2000-01-01T00:00:00.000+00:00"}))
     assert not taken_over(tmp_path, since)  # of an earlier start: its own ranks did not get as far
+
+
+def test_who_never_took_the_folder_knows_whether_somebody_is_at_work_there(tmp_path) -> None:
+    assert not held_before(tmp_path, now(), {})  # nobody ever was
+    owner = Fence.take(tmp_path, {"SLURM_JOB_ID": "77"}).owner
+
+    def held(job: str | None = None, since: str = "2999", **differently: object) -> bool:
+        (tmp_path / OWNER).write_text(json.dumps({**vars(owner), **differently}))
+        return held_before(tmp_path, since, {"SLURM_JOB_ID": job} if job else {})
+
+    assert held() and held("78") and held(host="elsewhere")
+    assert not held("77") and not held("77", host="elsewhere")  # by an earlier incarnation of the same job
+    assert not held(since=owner.started)  # since this one began: by its own first rank
+    assert not held(born=owner.born + 1) and not held(ended=now())
+    RunFolder(tmp_path).start("")
+    assert held()
+    RunFolder(tmp_path).finish(5, "lost a rank")  # as whoever saw it end says, though it could not
+    assert not held() and not held(host="elsewhere")
+    assert held(started="2998")  # that was told of an earlier one: this one is loading

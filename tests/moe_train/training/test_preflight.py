@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MissingDataError
 from data_pipeline.ledger import Ledger
 from data_pipeline.sources import open_sources
 from moe_train.config import load_run
 from moe_train.dry_run import dry_run
-from moe_train.errors import UserError
+from moe_train.errors import HardwareError, UserError
 from moe_train.training.branch import branch
 from moe_train.training.preflight import check_run
 from tests.integration.runs import write_corpora
@@ -66,6 +66,49 @@ def test_an_older_checkpoint_of_the_same_run_goes_by_the_same_rules(load):
     assert [change.key for change in check_run(load("optimizer.lr=1e-3"), 1, str(checkpoint))] == ["optimizer.lr"]
     with pytest.raises(UserError, match="training.seed 1234 -> 5"):
         check_run(load("training.seed=5"), 1, str(checkpoint))
+
+
+def test_files_of_the_last_start_may_have_another_name_by_now(load, tmp_path):
+    """The mixture is recorded as changed, the cluster is nobody's business: neither file is looked for."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("name: ours\n")
+    leave_checkpoint(load(f"launch.cluster={cluster}"), 4)
+    cluster.unlink()
+    (tmp_path / "mixture.yaml").rename(tmp_path / "mixture_v2.yaml")
+    changes = check_run(load(f"data.mixture={tmp_path / 'mixture_v2.yaml'}"), 1, "auto")
+    assert [change.key for change in changes] == ["data.mixture"]
+
+
+@pytest.mark.parametrize("gone", ["web.bin", "web.idx", "."])
+def test_a_corpus_that_the_run_has_read_before_is_no_mistake_of_its_user(load, tmp_path, gone):
+    """A node without the mount: another one, or a later start, goes on."""
+    corpora = tmp_path / "corpora"
+    edit_mixture(tmp_path, "web.bin", "corpora/web.bin")
+    corpora.mkdir()
+    for name in ("web.bin", "web.idx"):
+        (tmp_path / name).rename(corpora / name)
+    checkpoint = leave_checkpoint(load(), 4)
+    (corpora / gone).rename(tmp_path / "elsewhere")
+    for resume in ("auto", str(checkpoint)):
+        with pytest.raises(HardwareError, match=r"web\.\S+.* on \S+, but the run has read it before: mend the mount"):
+            check_run(load(), 1, resume)
+    with pytest.raises(HardwareError):
+        dry_run(load())
+    with pytest.raises(MissingDataError, match="source 'web'"):  # a new run
+        check_run(load(f"output_dir={tmp_path / 'new'}"), 1, "auto")
+    edit_mixture(tmp_path, "corpora/web.bin", "corpora/wbe.bin")
+    with pytest.raises(MissingDataError, match="there is no .*/wbe.bin; check the path"):
+        check_run(load(), 1, "auto")
+
+
+def test_a_new_source_that_is_not_there_is_a_mistake_also_of_a_run_under_way(load, tmp_path):
+    leave_checkpoint(load(), 4)
+    edit_mixture(tmp_path, "  code:\n", "  more:\n    paths: [more.bin]\n  code:\n")
+    with pytest.raises(MissingDataError, match="source 'more': there is no"):
+        check_run(load(), 1, "auto")
+    (tmp_path / "web.bin").unlink()
+    with pytest.raises(HardwareError, match="source 'web': there is no"):
+        check_run(load(), 1, "auto")
 
 
 def test_a_source_that_runs_out_is_told(load, tmp_path):

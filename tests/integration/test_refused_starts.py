@@ -1,0 +1,60 @@
+"""Starts that come to nothing: what they leave in the folder of a run that is at work there, and of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+
+from moe_train.errors import HardwareError
+from moe_train.training.run import leave_outcome
+from moe_train.training.run_folder import RunFolder, now
+from parallel.rank_env import free_port
+from tests.integration import runs
+from tests.integration.test_two_starts import OPTIONS, wait_for
+
+
+def test_a_refused_start_leaves_the_outcome_to_the_run_that_is_at_work(tmp_path) -> None:
+    """Launchers believe what stands there: they would end a healthy run. Once the run has ended it tells of itself."""
+    runs.write_corpora(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    live = runs.start(tmp_path, *OPTIONS, nproc=1)
+    wait_for(lambda: folder.metrics_path.exists() and folder.metrics_path.read_text().count("\n") >= 2)
+    rank = json.loads((folder.path / "owner.json").read_text())["pid"]
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        before = folder.outcome_path.read_bytes()
+        code, said = runs.run(tmp_path, *OPTIONS, "--resume", "never", nproc=1)
+        assert code == 2 and "--resume never was given" in said
+        assert folder.outcome_path.read_bytes() == before and folder.read_outcome()["ended"] is None
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    said, _ = live.communicate(timeout=60)
+    assert live.returncode == 0 == folder.read_outcome()["code"], said
+
+    code, _ = runs.run(tmp_path, *OPTIONS, "--resume", "never", nproc=1)
+    assert code == 2 == folder.read_outcome()["code"]
+
+
+def test_a_rank_that_is_told_to_end_leaves_the_outcome_to_the_one_that_failed(tmp_path, monkeypatch) -> None:
+    """As srun and torchrun end the others: a signal would have the launcher start the run again for ever."""
+    runs.write_corpora(tmp_path)
+    folder, port = RunFolder(tmp_path / "run"), free_port()
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    other_began = now()
+    first = runs.start(tmp_path, nproc=None)
+    wait_for(lambda: _listens(port))  # for rank 1, which never comes
+    leave_outcome(folder, HardwareError("there is no web.bin on node7"), other_began, rank=1)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 3 and "before the first step" in said
+    outcome = folder.read_outcome()
+    assert outcome["code"] == 5 and outcome["reason"] == "rank 1: there is no web.bin on node7"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) == 0
