@@ -13,7 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -177,6 +177,22 @@ def _dissolve_groups() -> None:
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     _layout = None
+
+
+def let_rank_zero_end_first(seconds: float = 60.0) -> None:
+    """Return at once on rank 0; on the others when rank 0 has called it too, or has gone, or after ``seconds``.
+
+    Where one rank's end ends the others, as under srun, what rank 0 has to write at the end would be cut off. No
+    collective: none of the others fails, or waits for long, where rank 0 does.
+    """
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    with suppress(dist.DistError):
+        if dist.get_rank() == 0:
+            store.set("rank 0 ends", "")
+        else:
+            store.wait(["rank 0 ends"], timedelta(seconds=seconds))
 
 
 def stop() -> None:

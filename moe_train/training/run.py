@@ -155,7 +155,7 @@ def _start_and_train(run: RunConfig, world_size: int, resume: str, stop: StopReq
     if (memory := topology.device_memory) is not None:
         check_gpu_memory(run, topology.layout, topology.rank, memory)
     status = _train(run, topology, resume, changes, stop, since)
-    topology.from_rank_zero(None)  # it has said how the run ended: srun would have cut it off if others ended before
+    engine.let_rank_zero_end_first()  # it writes how the run ended
     # Not after an error: leaving the groups may wait for ranks that have gone, or for collectives that nobody joins any
     # more.
     engine.stop()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.folder import checkpoints
+from moe_train.checkpoint.folder import checkpoint_name, checkpoints
 from moe_train.checkpoint.load import find_checkpoint
 from moe_train.checkpoint.manifest import is_complete
 from moe_train.config import load_run
@@ -65,9 +65,10 @@ def train_slowly(config: dict[str, Any], resume: str) -> int:
         setattr(owner, name, _slowed(getattr(owner, name)))
     status, folder = train_rank(config, resume), RunFolder(config["output_dir"])
     if os.environ["RANK"] == "1":
-        owner, copies = owner_of(folder.path), folder.path.parent / "copies" / "run"
-        there = [folder.read_outcome()["code"], owner.ended is not None, is_complete(copies / "iter_0000001")]
-        (folder.path / "seen.json").write_text(json.dumps(there))
+        outcome, copies = folder.read_outcome(), folder.path.parent / "copies" / "run"
+        copied = is_complete(copies / checkpoint_name(outcome["step"] or 0))
+        seen = [outcome["code"], owner_of(folder.path).ended is not None, copied]
+        (folder.path / "seen.json").write_text(json.dumps(seen))
     return status
 
 

@@ -52,7 +52,7 @@ def test_the_groups_are_left_only_after_success(monkeypatch, fails):
 
     from parallel import engine
 
-    monkeypatch.setattr(engine, "start", lambda *_, **__: SimpleNamespace(device_memory=None, from_rank_zero=bool))
+    monkeypatch.setattr(engine, "start", lambda *_, **__: SimpleNamespace(device_memory=None))
     monkeypatch.setattr(engine, "stop", lambda: left.append(True))
     monkeypatch.setattr(run, "check_run", lambda *_: [])
     monkeypatch.setattr(run, "_train", train)
