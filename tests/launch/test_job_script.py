@@ -30,11 +30,20 @@ case "$*" in
     if [ -n "$T_GOOD" ]; then echo "$T_GOOD" | tr , '\\n' > "$NOTES/good_nodes"; fi ;;
   *)
     echo "$*" >> "$NOTES/ranks"
-    if [ -n "$T_CODE" ]; then
-      sleep 0.01
-      printf '{\\n "code": %s,\\n "reason": "%s",\\n "step": 7,\\n "started": "%s",\\n "ended": "x"\\n}\\n' \\
-        "$T_CODE" "$T_WHY" "$(date -u +%Y-%m-%dT%H:%M:%S.%3N+00:00)" > "$NOTES/../outcome.json"
+    sleep 0.01
+    outcome() { # CODE ENDED
+      printf '{\\n "code": %s,\\n "reason": "%s",\\n "step": 7,\\n "started": "%s",\\n "ended": %s\\n}\\n' \\
+        "$1" "$T_WHY" "$(date -u +%Y-%m-%dT%H:%M:%S.%3N+00:00)" "$2" > "$NOTES/../outcome.json"
+    }
+    until_noticed() {
+      for _ in {1..300}; do if [ "$(cat "$NOTES/ended")" $1 "" ]; then return; fi; sleep 0.1; done
+      exit
+    }
+    if [ -n "$T_FOREIGN" ]; then
+      outcome "$T_FOREIGN" '"x"'; until_noticed !=
+      outcome null null; until_noticed =
     fi
+    if [ -n "$T_CODE" ]; then outcome "$T_CODE" '"x"'; fi
     if [ -n "$T_NEWER" ]; then echo "$T_NEWER" > "$NOTES/current"; exec sleep 60; fi ;;
 esac
 """
@@ -100,6 +109,7 @@ def start(tmp_path: Path):
         torn: bool = False,
         full: bool = False,
         late: bool = False,
+        watched: bool = False,
         stop: float | None = None,
         **variables: str,
     ) -> Ended:
@@ -125,6 +135,10 @@ def start(tmp_path: Path):
             script = script.replace("# ---- the ranks ----", 'touch "$NOTES/cancel"')
         if late:
             script = script.replace("LIMIT=600\n", "LIMIT=1\n")
+        if watched:  # whether it thinks that the run has ended
+            look = "  if ended; then ENDED="
+            script = script.replace(look, f'  echo "$ENDED" > "$NOTES/ended"\n{look}')
+            script = script.replace("  sleep 2 >", "  sleep 0.2 >")
         if warned:
             script = script.replace("# ---- the ranks ----", "kill -USR1 $$")
         environment = {
@@ -201,6 +215,12 @@ def test_unfit_nodes_are_left_out_with_those_that_were_before(start) -> None:
     assert ended.asked == [*updates, f"sbatch --parsable --exclude=node9,node2 {ended.notes}/job.sbatch"], ended.said
     assert Journal(ended.notes.parent).job_ids() == ["7", "9", "8"]
     assert ended.end["next"] == "job 8 without them" and ended.over is None
+
+
+def test_an_outcome_that_came_while_the_run_was_loading_is_not_its_end(start) -> None:
+    """Somebody's mistaken second start, before there was one at work that it could have seen."""
+    ended = start(CODE="0", FOREIGN="2", watched=True)
+    assert ended.over["code"] == 0 == ended.status, ended.said
 
 
 def test_a_start_that_cannot_write_its_notes_says_so(start) -> None:
