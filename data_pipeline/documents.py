@@ -54,7 +54,7 @@ class Document(NamedTuple):
 
 def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The files that `inputs` (files, folders, patterns) stand for: in the order given, sorted within a
-    folder or pattern.
+    folder or pattern; a file that is named twice comes once.
 
     Raises DataError: nothing there, or a kind of file that is not read.
     """
@@ -77,7 +77,10 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
         files += found
     if not files:
         raise DataError("no input is given; name files, folders or patterns")
-    return list(dict.fromkeys(files))
+    once: dict[str, str] = {}
+    for file in files:
+        once.setdefault(os.path.abspath(file), file)
+    return list(once.values())
 
 
 def _is_input(name: str) -> bool:
@@ -90,7 +93,9 @@ class RawReader:
 
     Args:
         fields: the fields that are needed, the text's first (tables are read by column).
-        after: (file, line) of the last document that is not wanted again.
+        after: (absolute path, line) of the last document that is not wanted again.
+
+    Raises DataError: a file cannot be read, or is damaged; `after` is in none of them.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class RawReader:
         for path in self.files:
             after = -1
             if skipping:
-                if path == self.after[0]:
+                if os.path.abspath(path) == self.after[0]:
                     skipping, after = False, self.after[1]
                 else:
                     self._finished += os.path.getsize(path)
@@ -125,6 +130,11 @@ class RawReader:
             finally:
                 self._current = None
             self._finished += os.path.getsize(path)
+        if skipping:
+            raise DataError(
+                f"{self.after[0]}: the unfinished corpus ends in it, but it is not among the inputs; name it too, or "
+                "start again with --overwrite"
+            )
 
     def _documents(self, path: str, file: Any) -> Iterator[RawDocument]:
         if path.endswith(".txt"):

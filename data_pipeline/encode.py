@@ -7,15 +7,19 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from data_pipeline.documents import FILTERED, RawDocument, understand
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, WorkerError
 from data_pipeline.filters import Filter
 from data_pipeline.indexed import dtype_for
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -57,32 +61,72 @@ class Encoder:
         self.settings = (path, text_key, tuple(filters))
         self.workers = workers
         _start_worker(*self.settings, model=model)
-        self._pool: Any = None
+        self._processes: list[_Process] = []
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers)  # one waits for each process
 
     def __enter__(self) -> Encoder:
         if self.workers > 1:
             kinds = multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("fork" if "fork" in kinds else "spawn")
-            self._pool = context.Pool(self.workers, _start_process, (os.getpid(), *self.settings))
+            for _ in range(self.workers):
+                self._processes.append(_Process(context, self.settings))
+                self._idle.put(self._processes[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
 
     def encode(self, reader: Iterable[RawDocument]) -> Iterator[Block]:
-        """The blocks of `reader`'s documents."""
-        if self._pool is None:
+        """The blocks of `reader`'s documents. Raises WorkerError when a process that encodes them is killed."""
+        if self.workers == 1:
             yield from map(_encode_block, _blocks(reader))
             return
-        waiting: deque[Any] = deque()
+        waiting: deque[Future[Block]] = deque()
         for block in _blocks(reader):
-            waiting.append(self._pool.apply_async(_encode_block, (block,)))
+            waiting.append(self._threads.submit(self._encode_elsewhere, block))
             if len(waiting) > 3 * self.workers:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+
+    def _encode_elsewhere(self, block: list[RawDocument]) -> Block:
+        process = self._idle.get()
+        try:
+            return process.encode(block)
+        finally:
+            self._idle.put(process)
+
+
+class _Process:
+    """A process that encodes one block after another. It shares no lock with the others, which one that is killed could
+    keep, but has a pipe of its own, whose end tells of its own."""
+
+    def __init__(self, context: Any, settings: tuple[Any, ...]) -> None:
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, os.getpid(), *settings), daemon=True)
+        self._process.start()
+        there.close()  # before the next process is forked, which would hold it open
+
+    def encode(self, block: list[RawDocument]) -> Block:
+        try:
+            self._pipe.send(block)
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerError(
+                "a worker ended before its work did, most likely killed for want of memory; start again with fewer "
+                "--workers"
+            ) from None
+        if not isinstance(answer, Block):
+            error, trace = answer
+            raise error from RuntimeError(trace)
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
 def _blocks(reader: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
@@ -101,14 +145,22 @@ def _blocks(reader: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 _worker: dict[str, Any] = {}
 
 
-def _start_process(parent: int, path: str, text_key: str, filters: Sequence[Filter]) -> None:
-    """Begin a worker, which ends with its parent however that ends."""
+def _serve(pipe: Connection, parent: int, *settings: Any) -> None:
+    """Answer each block that comes with what it is encoded, or with the error and where it was raised. The process ends
+    with its parent however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
-    _start_worker(path, text_key, filters)
+    _start_worker(*settings)
+    while True:
+        block = pipe.recv()
+        try:
+            answer: Any = _encode_block(block)
+        except Exception as error:
+            answer = error, traceback.format_exc()
+        pipe.send(answer)
 
 
 def _start_worker(path: str, text_key: str, filters: Sequence[Filter], model: Tokenizer | None = None) -> None:

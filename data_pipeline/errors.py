@@ -23,3 +23,9 @@ class StoreError(DataError):
     """An object store did not answer, however often it was asked: start again when it does."""
 
     exit_code = 5
+
+
+class WorkerError(DataError):
+    """A process that did part of the work was killed, as a rule for want of memory: start again with fewer."""
+
+    exit_code = 5

@@ -45,7 +45,7 @@ class Spool:
     """The buckets of one corpus, opened anew or where a killed start left them.
 
     Attributes: ``documents`` (that went in), ``tokens``, ``bad`` (count of each reason), ``examples``,
-    ``filtered``, ``after`` (file and line of the last document of the input that is in), ``complete``.
+    ``filtered``, ``after`` (absolute path and line of the last document of the input that is in), ``complete``.
 
     Args:
         folder: ``PREFIX.partial``.
@@ -164,7 +164,8 @@ class Spool:
         self.documents += len(records)
         self.tokens += len(block.ids)
         self.filtered += block.filtered
-        self.after = block.end
+        file, line = block.end
+        self.after = os.path.abspath(file), line
         if self._held > BUFFER_BYTES:
             self._flush()
         # at most a twentieth of the time goes into flushing to disk

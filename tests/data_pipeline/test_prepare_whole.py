@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 
 from data_pipeline import assemble, encode, spool
 from data_pipeline import prepare as module
+from data_pipeline.documents import Document, RawDocument, RawReader
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.filters import parse_filters
 from data_pipeline.indexed import IndexedReader
@@ -317,6 +321,90 @@ def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
     prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=3)
     assert "goes on after" in capsys.readouterr().err
     assert decoded(folder, tmp_path / "out") == TEXTS[:100] and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("again", ["./raw/*.jsonl", "{folder}/raw", "raw/../raw"])
+def test_the_inputs_may_be_named_in_another_way(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for path in (folder / "raw").iterdir():
+        (raw / path.name).write_bytes(path.read_bytes())
+    (raw / "2.jsonl").open("a").write("{broken\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="raw/2.jsonl:101: malformed line; more than 0 bad"):
+        prepare(["raw/*.jsonl"], tmp_path / "out", folder / "tok.model", max_bad=0)
+    assert prepare([again.format(folder=tmp_path)], tmp_path / "out", folder / "tok.model").train.documents == 400
+    assert decoded(folder, tmp_path / "out") == TEXTS
+    both = prepare(["raw", raw], tmp_path / "both", folder / "tok.model")
+    assert both.train.documents == 400  # no file is read twice
+
+
+def test_a_reader_tells_when_it_cannot_go_on(folder: Path) -> None:
+    with pytest.raises(DataError, match="/gone.jsonl: the unfinished corpus ends in it, but it is not among"):
+        list(RawReader([folder / "raw" / "0.jsonl"], after=("/gone.jsonl", 3)))
+
+
+def ends(call: Callable[[], object]) -> None:
+    """The end of a process that calls, as the command's."""
+    try:
+        call()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+
+def test_a_worker_that_is_killed_ends_the_command_which_goes_on(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = dict(shuffle_seed=1, progress=False)
+    prepare(folder / "raw", tmp_path / "expected" / "out", folder / "tok.model", **options)
+    understand, killed = encode.understand, tmp_path / "killed"
+
+    def kills(raw: RawDocument, *rest: object) -> Document:
+        if raw.file.endswith("2.jsonl") and raw.line == 50 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return understand(raw, *rest)
+
+    monkeypatch.setattr(encode, "understand", kills)
+    call = partial(prepare, folder / "raw", tmp_path / "out" / "out", folder / "tok.model", workers=2, **options)
+    process = multiprocessing.get_context("fork").Process(target=ends, args=(call,))
+    process.start()
+    process.join(60)
+    process.kill()
+    said = capfd.readouterr().err
+    assert process.exitcode == 5 and killed.exists()
+    assert said.startswith("error: a worker ended before its work did") and said.count("\n") == 1
+    assert json.loads((tmp_path / "out" / "out.partial" / "state.json").read_text())["documents"] > 0
+    call()
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_an_interrupt_ends_workers_in_the_middle_of_a_document(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def sleeps(raw: RawDocument, *_: object) -> Document:
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(600)
+        raise AssertionError(raw)
+
+    monkeypatch.setattr(encode, "understand", sleeps)
+    call = partial(prepare, folder / "raw", tmp_path / "out", folder / "tok.model", workers=2, progress=False)
+    process = multiprocessing.get_context("fork").Process(target=ends, args=(call,))
+    process.start()
+    while len(list(tmp_path.glob("*.worker"))) < 2 and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 130 and capfd.readouterr().err == ""
+    for path in tmp_path.glob("*.worker"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.stem), 0)
 
 
 def test_a_disk_that_fills_up_loses_nothing(
