@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.assignment import integer_weights
 from data_pipeline.errors import DataError
-from data_pipeline.mixture import MixtureConfig
+from data_pipeline.mixture import MixtureConfig, PhaseConfig
 from data_pipeline.units import format_count
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def check_past(
             f"the mixture's tokenizer {new.tokenizer} is not the one this run began with; set it back, or {branch}"
         )
     _check_content(ledger, facts, at_sample)
-    _check_phases(old, new, at_sample, branch)
+    fed = {segment.phase: segment.config for segment in ledger.segments if segment.first_sample < at_sample}
+    _check_phases(old, new, fed, at_sample, branch)
 
 
 def _check_content(ledger: Ledger, facts: Mapping[str, SourceFacts], at_sample: int) -> None:
@@ -64,7 +65,9 @@ def _check_content(ledger: Ledger, facts: Mapping[str, SourceFacts], at_sample: 
             )
 
 
-def _check_phases(old: MixtureConfig, new: MixtureConfig, at_sample: int, branch: str) -> None:
+def _check_phases(
+    old: MixtureConfig, new: MixtureConfig, fed: Mapping[str, PhaseConfig], at_sample: int, branch: str
+) -> None:
     begin, length = 0, old.sequence_length
     for number, (phase, old_end) in enumerate(zip(old.phases, old.phase_ends, strict=True)):
         if begin >= at_sample:
@@ -84,8 +87,17 @@ def _check_phases(old: MixtureConfig, new: MixtureConfig, at_sample: int, branch
                 f"phase {phase.name!r} was shortened to {other.tokens} tokens, to before now: "
                 f"{at_sample * length} tokens of the run are fed; let it end at or after now"
             )
-        if new_end <= at_sample and integer_weights(other.weights) != integer_weights(phase.weights):
+        before = phase, fed.get(phase.name, phase)  # as the file said at the last start, and as it was fed
+        if new_end <= at_sample and not any(_same_weights(past, other, new, at_sample) for past in before):
             raise DataError(
                 f"the weights of phase {phase.name!r} were changed but it is finished; set them "
                 "back, and change those of a later phase"
             )
+
+
+def _same_weights(past: PhaseConfig, now: PhaseConfig, new: MixtureConfig, at_sample: int) -> bool:
+    """Whether a finished phase says what it said of the sources that `new` still has. Where nothing lies ahead `new`
+    stands for the past itself, which needs them all."""
+    ahead = new.num_samples > at_sample
+    left = {name: weight for name, weight in past.weights.items() if name in new.sources or not ahead}
+    return not any(left.values()) or integer_weights(left) == integer_weights(now.weights)

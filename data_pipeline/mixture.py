@@ -63,7 +63,7 @@ class SourceConfig(_Part):
     """One corpus: its shards in order, and how often it may be read at most."""
 
     paths: list[str] = Field(min_length=1)
-    max_epochs: Optional[float] = Field(default=None, gt=0)
+    max_epochs: Optional[float] = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class PhaseConfig(_Part):

@@ -147,6 +147,49 @@ def test_a_source_removed_and_added_again_goes_on_from_its_cursor() -> None:
     assert_no_window_is_repeated_or_left_out(again)
 
 
+def test_a_source_goes_for_good_once_no_phase_ahead_reads_it() -> None:
+    """Also from the phases that are finished, whose samples keep the weights that they were fed with."""
+    before = Ledger.start(TWO, FACTS)
+    last = ("two", 500, {"a": 1, "c": 2})
+    gone = mixture(("one", 1000, {"a": 3}), last)
+    assert set(gone.sources) == {"a", "c"}
+    for at in (1000, 1200):
+        after = before.resume(gone, facts(a=5001, c=50001), at)
+        assert places(after) == places(before)
+        assert after.consumed() == before.consumed() and after.cursors(at) == before.cursors(at)
+        assert Ledger.from_json(after.to_json()) == after
+        assert after.resume(gone, facts(a=5001, c=50001), at + 100) is after
+        # it comes back: with the file as it was, or in a later phase alone
+        assert places(after.resume(TWO, FACTS, 1300)) == places(before)
+        again = after.resume(mixture(("one", 1000, {"a": 3}), last, ("three", 400, {"b": 1})), FACTS, 1300)
+        assert places(again, 0, 1500) == places(before)
+        assert_no_window_is_repeated_or_left_out(again)
+    alone = Ledger.start(mixture(("one", 100, {"b": 1}), ("two", 50, {"a": 1})), FACTS)
+    assert places(alone.resume(mixture(("one", 100, {"a": 1}), ("two", 50, {"a": 1})), FACTS, 120)) == places(alone)
+
+
+@pytest.mark.parametrize(
+    ("at", "edited"),
+    [
+        (1200, mixture(("one", 1000, {"a": 3}), ("two", 500, {"a": 1, "b": 1}))),  # b is still there
+        (1200, mixture(("one", 1000, {"a": 3, "c": 1}), ("two", 500, {"a": 1, "c": 2}))),  # c was not read in it
+        (1500, mixture(("one", 1000, {"a": 3}), ("two", 500, {"a": 1, "c": 2}))),  # nothing is ahead
+        (1200, mixture(("one", 1000, {"a": 3}), ("two", 200, {"a": 1}))),
+    ],
+)
+def test_a_source_that_is_still_needed_stays(at: int, edited: MixtureConfig) -> None:
+    with pytest.raises(DataError, match="the weights of phase 'one' were changed but it is finished"):
+        Ledger.start(TWO, FACTS).resume(edited, FACTS, at)
+
+
+def test_the_shares_of_the_sources_that_stay_are_as_they_were() -> None:
+    three = mixture(("one", 100, {"a": 3, "b": 1, "c": 2}), ("two", 50, {"a": 1}))
+    ledger = Ledger.start(three, FACTS)
+    ledger.resume(mixture(("one", 100, {"a": 1.5, "c": 1}), ("two", 50, {"a": 1})), FACTS, 110)
+    with pytest.raises(DataError, match="the weights of phase 'one' were changed"):
+        ledger.resume(mixture(("one", 100, {"a": 3, "c": 1}), ("two", 50, {"a": 1})), FACTS, 110)
+
+
 def test_a_finished_run_can_go_on() -> None:
     ledger = Ledger.start(TWO, FACTS)
     longer = mixture(("one", 1000, {"a": 3, "b": 1}), ("two", 900, {"a": 1, "c": 2}))
