@@ -187,6 +187,12 @@ def _check_lengths(config: RunConfig, document: Document) -> None:
         reason = f"needs to know which token ends a document; name the `tokenizer` in {config.data.mixture}"
         raise document.error(("data", "document_mask"), reason)
     schedule, total = config.schedule, config.total_tokens
+    sequences = config.training.batch_size(0)
+    if total < sequences * length:
+        step = f"{sequences * length} of one step ({sequences} sequences of {length})"
+        reason = f"its {total} tokens are less than the {step}; give the phases in {config.data.mixture} more, or make "
+        reason += "training.global_batch_size smaller"
+        raise document.error(("data", "mixture"), reason)
     warmup = schedule.warmup.in_tokens(config.tokens_per_step)
     decay = schedule.decay.in_tokens(config.tokens_per_step) if schedule.kind == "wsd" else 0
     if warmup + decay > total:

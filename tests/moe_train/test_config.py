@@ -280,6 +280,15 @@ def test_sequences_longer_than_the_model_takes(folder: Path) -> None:
     assert "model.max_sequence_length: 16 is less than the mixture's sequence_length 32" in text
 
 
+def test_a_mixture_of_less_than_a_step(folder: Path) -> None:
+    text = complaint(folder / "conf/run.yaml", "training.global_batch_size=4096")
+    assert "run.yaml:4: data.mixture: its 100000 tokens are less than the 131072 of one step (4096 sequences" in text
+    assert f"give the phases in {folder}/data/mix.yaml more, or make training.global_batch_size smaller" in text
+    load_run(folder / "conf/run.yaml", ["training.global_batch_size=3124"])  # 99968: one step, and no more
+    warm = "training.batch_size_warmup={start: 4, tokens: 1K}"
+    load_run(folder / "conf/run.yaml", ["training.global_batch_size=4096", warm])
+
+
 def test_missing_files(folder: Path) -> None:
     assert "there is no file nowhere.yaml" in complaint(Path("nowhere.yaml"))
     assert "is a folder; name the YAML file in it" in complaint(folder / "conf")
