@@ -17,8 +17,8 @@ _REMEDIES = {
 
 
 def file_mistake(error: BaseException) -> str | None:
-    """One line for an OSError that the user of a file can mend (status 2); None for any other error, also for one with
-    an ``exit_code`` of its own."""
+    """One line for an OSError that the user of a file can mend; None for any other error, also for one with an
+    ``exit_code`` of its own."""
     if not isinstance(error, OSError) or error.filename is None or hasattr(error, "exit_code"):
         return None
     remedy = _REMEDIES.get(error.errno)

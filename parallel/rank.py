@@ -33,7 +33,7 @@ STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signa
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS += (signal.SIGHUP,)
 
-EXIT_BUG, EXIT_MISTAKE, EXIT_STOPPED, EXIT_LOST_RANK = 1, 2, 3, 5
+EXIT_BUG, EXIT_STOPPED, EXIT_LOST_RANK = 1, 3, 5
 
 _PR_SET_PDEATHSIG = 1
 # What torch, gloo and NCCL say when the other end of a connection has gone: the failure was elsewhere.
@@ -59,8 +59,8 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
         log_dir: where ranks > 0 send stdout and stderr (`rank_00001.log`, appended); rank 0 keeps its own.
 
     An exception does not come back: it is reported (to the parent's error folder, else on stderr) and the process
-    ends with the exception's `exit_code`, with 2 for a file that its user can mend, with 5 for a connection that
-    another rank dropped, or with 1. It ends without the interpreter's clean-up, which waits for peers that may have
+    ends with the exception's `exit_code`, with 5 for a connection that another rank dropped or a file that it
+    may not use, or with 1. It ends without the interpreter's clean-up, which waits for peers that may have
     gone. An exception whose `exit_code` is 3 (stopped as asked) is no failure: 3 is returned.
     """
     rank = _own_rank()
@@ -142,9 +142,8 @@ def exit_status(error: BaseException) -> int:
         return code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_STOPPED
-    if file_mistake(error):
-        return EXIT_MISTAKE
-    return EXIT_LOST_RANK if is_lost_connection(error) else EXIT_BUG
+    # A file that the run began with may be there again, or on another node, at the next start.
+    return EXIT_LOST_RANK if is_lost_connection(error) or file_mistake(error) else EXIT_BUG
 
 
 def main() -> NoReturn:

@@ -141,7 +141,7 @@ def test_success_with_a_rendezvous_and_logs(ranks, tmp_path, monkeypatch, capfd)
         ("bug", 1, "error: rank 1: ValueError: not two lines"),
         ("kill", 5, "error: rank 1 was killed by SIGKILL (the kernel does that when memory runs out)"),
         ("status", 7, "error: rank 1 ended with status 7"),
-        ("file", 2, f"error: rank 1: /dev/null/text: Not a directory; {NO_FOLDER}"),
+        ("file", 5, f"error: rank 1: /dev/null/text: Not a directory; {NO_FOLDER}"),
         ("exit", 4, "error: rank 1 ended with status 4"),
         ("echo-first", 2, "error: rank 1: the cause"),
     ],
