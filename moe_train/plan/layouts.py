@@ -14,7 +14,7 @@ from moe_train.plan import shards
 from moe_train.plan.activations import dispatch_bytes, logits_bytes, stage_bytes
 from moe_train.plan.hardware import Constant, Hardware, load_hardware
 from moe_train.plan.measured import MeasuredStep, assumptions, check_measured, read_measured
-from moe_train.plan.memory import workload
+from moe_train.plan.memory import fp8_bytes, workload
 from moe_train.plan.quantities import gib, table
 from moe_train.plan.step_time import StepTime, model_flops_utilisation, step_time
 from parallel.errors import LayoutError
@@ -209,6 +209,7 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: Mea
         first = first or buffers
         owned = (0 if training.precision == "fp32" else 4) + (0 if config.optimizer.offload else 8)
         state = sum(b.size * (work.element + 4) + b.size // b.ranks * owned for b, _ in buffers)
+        state += fp8_bytes(config.model, shape, stage, training.precision, sharded)
         if stage == shape.pipeline - 1:
             state += logits_bytes(work)
         for index, worst in enumerate((False, True)):

@@ -37,18 +37,20 @@ def state_bytes(
     include the copies of those that products take.
     """
     element = ELEMENT[precision]
-    copies = (
-        FP8_COPIES * shards.product_elements(model, layout, place.stage, sharded_attention) if precision == "fp8" else 0
-    )
     size = owned = 0
     for buffer, expert in shards.buffers(model, layout, place.stage, sharded_attention, overlap):
         size += buffer.size
         owned += buffer.owned(place.expert_data if expert else place.data)
     return {
-        "weights": size * element + copies,
+        "weights": size * element + fp8_bytes(model, layout, place.stage, precision, sharded_attention),
         "gradients": size * 4,
         "optimizer": owned * (8 if precision == "fp32" else 12),
     }
+
+
+def fp8_bytes(model: ModelConfig, layout: Layout, stage: int, precision: str, sharded_attention: bool) -> int:
+    """Bytes of the FP8 copies of a rank's weights."""
+    return FP8_COPIES * shards.product_elements(model, layout, stage, sharded_attention) if precision == "fp8" else 0
 
 
 def workload(config: RunConfig, layout: Layout) -> Workload:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from parallel.topology import Topology
 
 TARGET = "moe_train.profile.run:profile_rank"
+WARM_UP = 2
+"""Steps before any is timed."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,20 @@ class StepProfile:
 
 
 def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json: bool) -> int:
-    """Profile ``steps`` steps of ``config`` from its beginning; neither the run's folder nor its checkpoints are
-    touched.
+    """Profile ``steps`` steps of ``config`` from its beginning, each of a whole global batch; neither the run's folder nor
+    its checkpoints are touched.
 
-    Raises UserError: ``out`` has a trace already, or what `pretrain` would raise.
+    Raises UserError: ``out`` has a trace already, the mixture has not as many steps, or what `pretrain` would raise.
     """
+    training = config.training.model_copy(update={"batch_size_warmup": None})
+    config = config.model_copy(update={"training": training})
+    there = config.mixture.num_samples // training.global_batch_size
+    if WARM_UP + 2 * steps > there:
+        raise UserError(
+            f"--steps {steps} takes {WARM_UP + 2 * steps} steps ({WARM_UP} to warm up, then as many without the "
+            f"profiler as with it), and the mixture has {there}; take at most {(there - WARM_UP) // 2}, or give it more "
+            "tokens"
+        )
     arguments = {
         "config": config.model_dump(mode="json", by_alias=True),
         "steps": steps,
@@ -130,7 +141,7 @@ def slice_of(run: RunConfig, layout: Layout) -> dict[str, Any]:
 def profile_steps(
     step: Callable[[], None], steps: int, topology: Topology, speed: Callable[[float], dict], out: Path
 ) -> StepProfile:
-    """Time ``steps`` calls of ``step`` after two to warm up, then record as many; every rank calls it.
+    """Time ``steps`` calls of ``step`` after :data:`WARM_UP`, then record as many; every rank calls it.
 
     Args:
         speed: turns the seconds of the last step into what `Throughput.measure` gives; every rank calls it.
@@ -139,7 +150,7 @@ def profile_steps(
     from parallel import engine
 
     gpu = topology.device.type == "cuda"
-    for _ in range(2):
+    for _ in range(WARM_UP):
         step()
     plain = time_steps(step, steps, gpu)
     recorded = record_steps(step, steps, gpu, out, topology.rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.cli import main
-from moe_train.plan import shards
+from moe_train.plan import memory, shards
 from moe_train.plan.activations import Workload, dispatch_bytes
 from moe_train.plan.hardware import load_hardware
 from moe_train.plan.layouts import candidates, evaluate
@@ -112,6 +112,18 @@ def test_calibration_finds_the_efficiency_that_was_measured(capsys, tmp_path: Pa
     metrics.write_text('{"tokens_per_second": 1e-9}\n', encoding="utf-8")
     assert main(["plan", "layout", "jetmoe_8b", "--nodes", "12", "--calibrate", str(metrics)]) == 2
     assert "is more than 96 h100 could take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offload", ["null", "torch"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_memory_is_that_of_plan_memory(precision: str, offload: str) -> None:
+    overrides = [f"training.precision={precision}", f"optimizer.offload={offload}", "data.document_mask=true"]
+    config = load_plan("jetmoe_8b", [*overrides, "parallel.pipeline=2", "parallel.expert=4"])
+    shape = config.layout(16)
+    found = evaluate(config, shape, load_hardware("h100"))
+    ranks = [memory.rank_bytes(config, shape, place) for place in shards.places(shape)]
+    assert found.bytes == max(rank["total"] for rank in ranks)
+    assert found.bytes_worst == max(rank["total_worst"] for rank in ranks)
 
 
 def test_what_is_set_stays_as_it_is(capsys) -> None:

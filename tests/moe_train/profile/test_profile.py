@@ -143,6 +143,21 @@ def profile(folder, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
+def test_every_step_is_of_the_whole_batch_and_the_mixture_has_them(tmp_path, monkeypatch):
+    from moe_train.config import load_run
+    from moe_train.errors import UserError
+    from moe_train.profile import run
+
+    write_corpora(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config, given = load_run("run.yaml", ["training.batch_size_warmup={start: 2, tokens: 512}"]), []
+    monkeypatch.setattr(run, "run_ranks", lambda nproc, target, arguments: given.append(arguments) or 0)
+    with pytest.raises(UserError, match="--steps 20 takes 42 steps .* the mixture has 40; take at most 19"):
+        run.profile(config, 2, 20, "out", True)
+    assert run.profile(config, 2, 19, "out", True) == 0
+    assert given[0]["config"]["training"]["batch_size_warmup"] is None
+
+
 def test_the_command(tmp_path):
     write_corpora(tmp_path)
     done = profile(tmp_path, "--nproc", "2", "--steps", "1", "--out", "there", "--json")
