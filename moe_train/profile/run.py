@@ -52,8 +52,8 @@ class StepProfile:
 
 
 def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json: bool) -> int:
-    """Profile ``steps`` steps of ``config`` from its beginning, each of a whole global batch; neither the run's folder nor
-    its checkpoints are touched.
+    """Profile ``steps`` steps of ``config`` from its beginning, each of a whole global batch; neither the run's folder
+    nor its checkpoints are touched.
 
     Raises UserError: ``out`` has a trace already, the mixture has not as many steps, or what `pretrain` would raise.
     """
@@ -63,8 +63,8 @@ def profile(config: RunConfig, nproc: int | None, steps: int, out: str, as_json:
     if WARM_UP + 2 * steps > there:
         raise UserError(
             f"--steps {steps} takes {WARM_UP + 2 * steps} steps ({WARM_UP} to warm up, then as many without the "
-            f"profiler as with it), and the mixture has {there}; take at most {(there - WARM_UP) // 2}, or give it more "
-            "tokens"
+            f"profiler as with it), and the mixture has {there}; take at most {(there - WARM_UP) // 2}, or give it "
+            "more tokens"
         )
     arguments = {
         "config": config.model_dump(mode="json", by_alias=True),
