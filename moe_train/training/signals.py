@@ -57,12 +57,19 @@ class StopRequest:
         self.on_signal = on_signal
         self._loading, self._told = loading, False
         self._signal: int | None = None
+        self._reason: str | None = None
         self._first_stop: float | None = None
         self._handlers: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
 
     def reason(self) -> str | None:
-        """Why this process should stop, or None. Of this process alone: the ranks must agree before they act on it."""
+        """Why this process should stop, or None. Of this process alone: the ranks must agree before they act on it, and
+        by then the file may be gone, so the first reason stays."""
+        if self._reason is None:
+            self._reason = self._find_reason()
+        return self._reason
+
+    def _find_reason(self) -> str | None:
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
         if self.stop_file is not None and self.stop_file.exists():

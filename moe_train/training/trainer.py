@@ -11,7 +11,7 @@ from data_pipeline.heldout import open_heldout
 from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
 from data_pipeline.stream import SampleStream
-from moe_train.checkpoint.folder import read_run_state
+from moe_train.checkpoint.folder import read_run_state, step_of
 from moe_train.checkpoint.load import (
     check_same_model,
     find_checkpoint,
@@ -139,13 +139,16 @@ class Trainer:
         self.ledger = self.ledger.skip(first, last)
 
     def rewind(self, last: int) -> tuple[Path, int] | None:
-        """Take weights and optimizer back to the newest checkpoint and pass over the samples from there to ``last``.
+        """Take weights and optimizer back to the run's newest checkpoint, which before the first save is the one that it
+        was resumed from, wherever that lies, and pass over the samples from there to ``last``.
 
         Steps and samples go on counting: what was computed since the checkpoint is given up, not repeated. Returns the
         checkpoint and its number of samples; None, and nothing is done, where there is no checkpoint yet. No save may
         be in flight.
         """
         checkpoint = find_checkpoint(self.folder.checkpoints, "auto", self.topology, self.mirror)
+        if self.resumed_from and (checkpoint is None or step_of(checkpoint) < self.previous_state["step"]):
+            checkpoint = self.resumed_from
         if checkpoint is None:
             return None
         state = load_checkpoint(checkpoint, self.model, self.optimizer, self.topology)

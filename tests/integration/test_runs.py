@@ -229,6 +229,11 @@ def test_a_spike_goes_back_to_the_last_checkpoint_and_past_its_data(tmp_path):
     ]
     found = [contents(tmp_path / f"run/checkpoints/iter_00000{step}") for step in (30, 35)]
     assert_equal(*found)
+    # Resumed from elsewhere it goes back to there, and not to what else its folder holds.
+    shutil.rmtree(tmp_path / "run/checkpoints/iter_0000030")
+    origin = ("--resume", f"{tmp_path}/calm/checkpoints/iter_0000030")
+    status, said = run(tmp_path, *options, "faults.on_spike=rewind", "checkpoint.interval=100 steps", *origin)
+    assert status == 0 and "went back to iter_0000030, past samples 120 to 139 (1 " in said, said
 
 
 def test_what_is_never_finite_again_stops_the_run_with_6(tmp_path):

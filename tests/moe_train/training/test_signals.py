@@ -111,3 +111,13 @@ def test_the_first_signal_is_told_once():
         while not told and time.monotonic() < end:
             time.sleep(0.01)
     assert told == ["SIGUSR1"]
+
+
+def test_a_reason_that_was_agreed_on_stays(tmp_path):
+    """The ranks hear it when the step is over, and `stop` may be gone by then."""
+    stop = StopRequest(tmp_path / "stop")
+    assert stop.reason() is None
+    (tmp_path / "stop").touch()
+    assert stop.reason() == "file stop"
+    (tmp_path / "stop").unlink()
+    assert stop.reason() == "file stop"
