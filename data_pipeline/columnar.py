@@ -59,14 +59,26 @@ def _columns(path: str, wanted: list[str], there: list[str]) -> list[str]:
     found = [name if name in there else name.partition(".")[0] for name in wanted]
     if found[0] not in there:
         raise DataError(f"{path}: has no column {wanted[0]!r}; it has {', '.join(there)}: name one with --text-key")
+    for name in found:
+        if there.count(name) > 1:
+            raise DataError(f"{path}: has {there.count(name)} columns {name!r}; write it anew with one of that name")
     return list(dict.fromkeys(name for name in found if name in there))
 
 
 def _values(column: Any, pyarrow: Any) -> list[Any]:
-    """A column as Python values. Strings stay bytes: one that is not UTF-8 must not take its batch along."""
-    types = pyarrow.types
-    if types.is_string(column.type):
-        column = column.cast(pyarrow.binary())
-    elif types.is_large_string(column.type):
+    """A column as Python values. Strings stay bytes, in structs too: one that is not UTF-8 must not take its batch
+    along. Lists and maps, in which no field is looked for, are None."""
+    kind, types = column.type, pyarrow.types
+    if types.is_struct(kind):
+        parts = {field.name: _values(part, pyarrow) for field, part in zip(kind, column.flatten())}
+        return [{name: values[row] for name, values in parts.items()} for row in range(len(column))]
+    if types.is_nested(kind):
+        return [None] * len(column)
+    if (kind.value_type if types.is_dictionary(kind) else kind) in _strings(pyarrow):
         column = column.cast(pyarrow.large_binary())
     return column.to_pylist()
+
+
+def _strings(pyarrow: Any) -> tuple[Any, ...]:
+    views = (pyarrow.string_view(),) if hasattr(pyarrow, "string_view") else ()  # since pyarrow 16
+    return pyarrow.string(), pyarrow.large_string(), *views

@@ -22,7 +22,7 @@ def dry_run(config: RunConfig, nproc: int | None = None, resume: str = "auto") -
     Raises what `pretrain` would raise: a layout that does not divide, a missing corpus, a source whose epochs
     run out.
     """
-    from moe_train.training.preflight import check_mixture, check_run
+    from moe_train.training.preflight import check_mixture, check_run, without_heldout
 
     world = nproc or _launched_processes() or smallest_world(config.parallel)
     layout = config.layout(world)
@@ -33,6 +33,8 @@ def dry_run(config: RunConfig, nproc: int | None = None, resume: str = "auto") -
         print(line)
     for change in changes:
         print(f"changed     {change}, since the last start")
+    if gap := without_heldout(config):
+        print(f"warning: {gap}")
     print()
     print(_mixture(config, ledger))
     print("\ndry run: config, mixture and layout agree; nothing was started")

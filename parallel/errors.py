@@ -5,24 +5,33 @@ from __future__ import annotations
 
 import errno
 
+_FULL = {
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EDQUOT: "make room within the quota, or choose another disk",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
+}
+"""What stops a write, whose error does not name the file."""
+
 _REMEDIES = {
+    **_FULL,
     errno.EACCES: "see who may read and write there, and enter the folders above",
     errno.EPERM: "see who may read and write there",
     errno.EROFS: "name a path on a disk that takes files",
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOTDIR: "one of the folders in it is a file: correct the path",
-    errno.ENOSPC: "make room there, or choose another disk",
-    errno.EDQUOT: "make room within the quota, or choose another disk",
 }
 
 
 def file_mistake(error: BaseException) -> str | None:
     """One line for an OSError that the user of a file can mend; None for any other error, also for one with an
     ``exit_code`` of its own."""
-    if not isinstance(error, OSError) or error.filename is None or hasattr(error, "exit_code"):
+    if not isinstance(error, OSError) or hasattr(error, "exit_code"):
         return None
-    remedy = _REMEDIES.get(error.errno)
-    return f"{error.filename}: {error.strerror}; {remedy}" if remedy else None
+    if error.filename is None:
+        remedy, place = _FULL.get(error.errno), "a file cannot be written"
+    else:
+        remedy, place = _REMEDIES.get(error.errno), error.filename
+    return f"{place}: {error.strerror}; {remedy}" if remedy else None
 
 
 class LayoutError(ValueError):

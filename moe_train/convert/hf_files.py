@@ -126,7 +126,7 @@ class FolderWriter:
     """Writes tensors, in the order they come, into safetensors files of at most ``shard_bytes`` each.
 
     Holds one file's tensors in memory. :meth:`close` gives the files their names and writes the index,
-    where there are several.
+    where there are several. Raises UserError where a file cannot be written.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
@@ -163,12 +163,17 @@ class FolderWriter:
             write_json(self.folder / "model.safetensors.index.json", index)
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if not self._pending:
             return
         self._shards.append(list(self._pending))
-        save_file(self._pending, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+        path = self._unnamed(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the system said, such as that the disk is full, is in its text alone
+            raise UserError(f"{path}: cannot be written ({error}); make room, or choose another disk") from None
         self._pending, self._pending_bytes = {}, 0
 
     def _unnamed(self, number: int) -> Path:

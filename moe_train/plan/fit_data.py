@@ -60,8 +60,11 @@ def load_runs(paths: list[str], drop_highest: int = 0) -> list[Run]:
 
 
 def _from_csv(path: Path) -> list[Run]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet puts a mark in front
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is not a CSV in UTF-8 ({error}); save it as one") from None
     if not rows:
         raise UserError(f"{path} holds no runs")
     names = {(name or "").strip().lower(): name for name in rows[0]}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DamagedDataError, MissingDataError
+from data_pipeline.heldout import open_heldout
 from data_pipeline.ledger import Ledger
 from data_pipeline.sources import Source, open_sources
 from moe_train.checkpoint.folder import read_run_state, resolve_checkpoint
-from moe_train.config import RunConfig, load_resolved
+from moe_train.config import DataConfig, RunConfig, load_resolved
 from moe_train.errors import DamagedError, HardwareError, UserError
 from moe_train.resume_rules import Change, check_resume
 from moe_train.training.run_folder import RunFolder
@@ -108,6 +110,29 @@ def open_corpora(config: RunConfig, before: Ledger | None) -> dict[str, Source]:
                 f"{config.data.mixture}"
             ) from None
         raise
+
+
+def without_heldout(config: RunConfig, scored: Collection[str] | None = None) -> str | None:
+    """One line on the sources that validation, where it is asked for, will have no figures of; None where there are
+    none. As it is by default, it is not asked for: it takes what held-out text there is.
+
+    Args:
+        scored: the sources that have a held-out window; found out where it is not given.
+    """
+    mixture = config.mixture
+    if config.data.validation in (None, DataConfig.model_fields["validation"].default):
+        return None
+    if scored is None:
+        heldout = open_heldout(mixture, config.model.vocab_size)
+        scored = [name for name, source in heldout.items() if source.num_windows]
+    fed = {name for phase in mixture.phases for name, weight in phase.weights.items() if weight}
+    missing = ", ".join(name for name in mixture.sources if name in fed and name not in scored)
+    if not missing:
+        return None
+    return (
+        f"data.validation measures {'not all' if scored else 'nothing'}: no held-out window of "
+        f"{mixture.sequence_length} tokens in {missing}; keep text back with `moe-train prepare --holdout`"
+    )
 
 
 def _run_state(path: str | Path) -> dict[str, Any] | None:

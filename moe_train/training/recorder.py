@@ -10,6 +10,7 @@ from moe_train.errors import StoppedError
 from moe_train.resume_rules import Change
 from moe_train.training.console import Console
 from moe_train.training.fence import Fence
+from moe_train.training.preflight import without_heldout
 from moe_train.training.slow_ranks import SlowRanks
 from moe_train.training.throughput import Throughput
 from moe_train.training.tracking import Trackers
@@ -190,6 +191,8 @@ class Recorder:
         for change in changes:
             say(f"changed since the last start: {change}")
             self.folder.event("change", position.step, key=change.key, old=change.old, new=change.new)
+        if trainer.validation and (gap := without_heldout(config, trainer.validation.windows)):
+            self.console.warn(gap)
         ledger = trainer.ledger.to_dict()
         if trainer.previous_state and ledger != trainer.previous_state["ledger"]:
             say("the mixture was edited: its new form counts from here on")

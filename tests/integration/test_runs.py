@@ -86,6 +86,8 @@ def test_a_run_leaves_what_it_promises(complete):
         "logs/rank_00001.log",
     ):
         assert (folder / name).exists(), name
+    said = (folder / "logs/rank_00000.log").read_text()
+    assert said.count("warning: data.validation measures not all: no held-out window of 16 tokens in code;") == 1
     assert (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40\n"
     checkpoint = folder / "checkpoints/iter_0000040"
     for name in (".metadata", "run_state.json", "manifest.json", "manifest.json.xxh3"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,22 @@ def test_nothing_is_overwritten(source, tmp_path):
     assert "exists already" in fails(from_hf, source, tmp_path / "out")
     assert "exists already" in fails(to_hf, source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """Under a limit that the weights alone pass; safetensors' own error is none of the system's."""
+    config = small_config(vocab_size=4096)
+    write_checkpoint(tmp_path / "checkpoint", config, random_weights(config))
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"1.partial: cannot be written \(.*File too large.*make room") as said:
+            to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(said.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_model_that_transformers_cannot_express(tmp_path):

@@ -245,6 +245,17 @@ def test_a_mistake_is_one_line_and_status_2(text: str, expected: str, tmp_path: 
     assert expected in error and error.count("\n") == 1
 
 
+def test_a_csv_as_a_spreadsheet_saves_it(tmp_path: Path, capsys) -> None:
+    """With a mark in front of UTF-8; in another encoding it is one line, not a bug's."""
+    path, text = tmp_path / "runs.csv", "params,tokens,loss\n1e9,2e10,2.5\n"
+    path.write_text(text, encoding="utf-8-sig")
+    assert [(run.params, run.tokens, run.loss) for run in load_runs([str(path)])] == [(1e9, 2e10, 2.5)]
+    path.write_text(text, encoding="utf-16")
+    assert main(["plan", "fit", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "runs.csv: is not a CSV in UTF-8" in error and error.count("\n") == 1
+
+
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert main(["plan", "fit", str(tmp_path)]) == 2
     assert "is not a run's folder" in capsys.readouterr().err

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from data_pipeline.errors import DataError, MissingDataError
+from data_pipeline.indexed import IndexedWriter
 from data_pipeline.ledger import Ledger
 from data_pipeline.sources import open_sources
 from moe_train.config import load_run
@@ -167,6 +170,27 @@ def test_a_dry_run_refuses_what_a_start_would(load):
     leave_checkpoint(load(), 4)
     with pytest.raises(UserError, match="model.hidden_size 16 -> 32"):
         dry_run(load("model.hidden_size=32"))
+
+
+def test_validation_that_is_asked_for_where_nothing_is_held_out_is_told(load, tmp_path, capsys):
+    def warnings(*overrides: str) -> list[str]:
+        dry_run(load(*overrides))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+    what, remedy = "no held-out window of 16 tokens in", "keep text back with `moe-train prepare --holdout`"
+    assert warnings() == [f"warning: data.validation measures not all: {what} code; {remedy}"]
+    for kind in ("bin", "idx"):
+        (tmp_path / f"web.heldout.{kind}").unlink()
+    assert warnings() == [f"warning: data.validation measures nothing: {what} web, code; {remedy}"]
+    with IndexedWriter(tmp_path / "web.heldout", np.uint16) as writer:
+        writer.add([1] * 16)  # a window has one more
+    assert warnings() == [f"warning: data.validation measures nothing: {what} web, code; {remedy}"]
+    assert warnings("data.validation=null") == []
+    path = tmp_path / "run.yaml"
+    run = yaml.safe_load(path.read_text())
+    del run["data"]["validation"]  # as it is by default, nobody asked for it
+    path.write_text(yaml.safe_dump(run))
+    assert warnings() == []
 
 
 def test_a_dry_run_shows_what_changed(load, capsys):
