@@ -139,8 +139,8 @@ class Trainer:
         self.ledger = self.ledger.skip(first, last)
 
     def rewind(self, last: int) -> tuple[Path, int] | None:
-        """Take weights and optimizer back to the run's newest checkpoint, which before the first save is the one that it
-        was resumed from, wherever that lies, and pass over the samples from there to ``last``.
+        """Take weights and optimizer back to the run's newest checkpoint, before the first save to the one that it was
+        resumed from, wherever that lies, and pass over the samples from there to ``last``.
 
         Steps and samples go on counting: what was computed since the checkpoint is given up, not repeated. Returns the
         checkpoint and its number of samples; None, and nothing is done, where there is no checkpoint yet. No save may
