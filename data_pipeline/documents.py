@@ -54,7 +54,7 @@ class Document(NamedTuple):
 
 def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The files that `inputs` (files, folders, patterns) stand for: in the order given, sorted within a
-    folder or pattern; a file that is named twice comes once.
+    folder or pattern. Links are followed, and a file that is there by several names comes once, by the first.
 
     Raises DataError: nothing there, or a kind of file that is not read.
     """
@@ -62,7 +62,7 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     for given in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         path = os.fspath(given)
         if os.path.isdir(path):
-            found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and _is_input(file.name))
+            found = sorted(_files_in(path))
             if not found:
                 raise DataError(f"{path}: the folder holds no {', '.join(ENDINGS)} file; check the path")
         elif os.path.isfile(path):
@@ -79,8 +79,22 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
         raise DataError("no input is given; name files, folders or patterns")
     once: dict[str, str] = {}
     for file in files:
-        once.setdefault(os.path.abspath(file), file)
+        once.setdefault(os.path.realpath(file), file)
     return list(once.values())
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """The input files at any depth of `folder`; a folder to which several links lead, or a circle, comes once."""
+    seen: set[str] = set()
+    for path, folders, names in os.walk(Path(folder), followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # by which of its names a folder comes does not depend on the disk
+        files = (os.path.join(path, name) for name in names if _is_input(name))
+        yield from filter(os.path.isfile, files)
 
 
 def _is_input(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,9 @@ from data_pipeline.errors import DataError, MissingDataError
 from data_pipeline.target import check_target
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+PIECE_CHARACTERS = 4096
+"""The longest piece of text that a tokenizer is trained on."""
 
 
 class Tokenizer(Protocol):
@@ -107,6 +111,10 @@ class HuggingFaceTokenizer:
             self._model = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {path}: is not a tokenizer.json ({str(error).splitlines()[0]})") from None
+        # Such files are made for models that read one text at a time; a corpus keeps every document whole.
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # "</s>" within a text is text, not the end of a document
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         ends = [self._model.token_to_id(token) for token in self.END_TOKENS]
         known = [end for end in ends if end is not None]
@@ -139,8 +147,8 @@ def train_tokenizer(
     """Train a sentencepiece BPE model on raw text and write it to `out` (``.model`` is added when missing).
 
     It keeps text as it is (no normalisation, every space kept, digits apart, unknown characters as bytes),
-    has unk, bos and eos at 0, 1 and 2, and is the same for the same inputs: one thread, and the documents to
-    learn from (about `sample_bytes` in all) chosen by a hash of their content.
+    has unk, bos and eos at 0, 1 and 2, and is the same for the same inputs: one thread, and the lines to learn
+    from (about `sample_bytes` in all, each in pieces of at most `PIECE_CHARACTERS`) drawn with a fixed seed.
 
     Args:
         inputs: files, folders or patterns of .txt, .jsonl and .jsonl.gz, as `prepare` takes them.
@@ -160,7 +168,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(inputs, text_key, sample_bytes),
+            sentence_iterator=_pieces(inputs, text_key, sample_bytes),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -174,7 +182,7 @@ def train_tokenizer(
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             pad_id=-1,
-            max_sentence_length=16384,
+            max_sentence_length=4 * PIECE_CHARACTERS,  # in bytes; what is longer is passed over
             num_threads=1,
             minloglevel=2,
         )
@@ -194,20 +202,21 @@ def train_tokenizer(
     return load_tokenizer(target)
 
 
-def _lines(inputs: Iterable[str | os.PathLike[str]], text_key: str, sample_bytes: int) -> Iterator[str]:
+def _pieces(inputs: Iterable[str | os.PathLike[str]], text_key: str, sample_bytes: int) -> Iterator[str]:
     from data_pipeline.documents import find_inputs, read_documents
 
     files = find_inputs(inputs)
     share = sample_bytes / max(1, sum(os.path.getsize(file) for file in files))
-    some = False
+    draw, some = random.Random(0), False
     for document in read_documents(files, text_key):
         if document.text is None:
             continue
-        if share < 1 and xxhash.xxh3_64_intdigest(document.text.encode()) >= int(share * 2**64):
-            continue
         for line in document.text.splitlines():
-            if line.strip():
-                some = True
-                yield line[:8000]
+            for start in range(0, len(line), PIECE_CHARACTERS):
+                piece = line[start : start + PIECE_CHARACTERS]
+                # pieces, not documents: one file of text may be all there is
+                if piece.strip() and draw.random() < share:
+                    some = True
+                    yield piece
     if not some:
         raise DataError("the inputs hold no text to train a tokenizer on; check the paths and the text field")
