@@ -25,7 +25,7 @@ import torch.distributed as dist  # noqa: E402
 
 
 def _import_megatron() -> None:
-    """Import megatron-core without what no rank calls: two fifths of the time that one takes to start on a CPU.
+    """Import megatron-core without what no rank calls, on a CPU much of the time that one takes to start.
 
     It imports trackers, for which rank 0 has uses of its own, later and only where they are asked for. And it hands its
     fused functions to torch.compile, which brings in the compiler, for functions that nobody calls on a CPU.
