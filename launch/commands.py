@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from moe_train.overrides import OVERRIDES, Overrides
+
 app = typer.Typer(
     help="Start a run on a cluster, and look after it.",
     no_args_is_help=True,
@@ -14,17 +16,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-OVERRIDES = {"ignore_unknown_options": True}
-
 RunFile = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")]
 
 
 @app.command("slurm", context_settings=OVERRIDES)
 def slurm(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nodes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes, instead of launch.nodes.")] = None,
     time: Annotated[Optional[str], typer.Option(metavar="T", help="Time limit, such as 12h or 2-00:00:00.")] = None,
     chain: Annotated[
@@ -46,13 +45,13 @@ def slurm(
     """
     from launch.slurm import launch
 
-    launch(run, list(overrides or []), nodes=nodes, time=time, chain=chain, spares=spares, dry_run=dry_run)
+    launch(run, overrides, nodes=nodes, time=time, chain=chain, spares=spares, dry_run=dry_run)
 
 
 @app.command("local", context_settings=OVERRIDES)
 def local(
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start.")] = None,
     max_restarts: Annotated[
         Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
@@ -65,14 +64,14 @@ def local(
     """
     from launch.local import launch
 
-    return launch(run, list(overrides or []), nproc=nproc, max_restarts=max_restarts)
+    return launch(run, overrides, nproc=nproc, max_restarts=max_restarts)
 
 
 @app.command("hostfile", context_settings=OVERRIDES)
 def hostfile(
     hosts: Annotated[str, typer.Argument(metavar="HOSTFILE", help="Machines, a line each: name slots=8.")],
     run: RunFile,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nodes: Annotated[
         Optional[int], typer.Option(min=1, metavar="N", help="Machines to use; the others are spare ones.")
     ] = None,
@@ -97,7 +96,7 @@ def hostfile(
     """
     from launch.hostfile import launch
 
-    return launch(hosts, run, list(overrides or []), nodes=nodes, nproc=nproc, rsh=rsh, max_restarts=max_restarts)
+    return launch(hosts, run, overrides, nodes=nodes, nproc=nproc, rsh=rsh, max_restarts=max_restarts)
 
 
 @app.command("status")

@@ -19,10 +19,9 @@ from moe_train import __version__
 from moe_train.checkpoint.commands import Checkpoint, status
 from moe_train.checkpoint.commands import app as checkpoint_app
 from moe_train.errors import UserError
+from moe_train.overrides import OVERRIDES, Overrides
 from moe_train.plan.commands import app as plan_app
 from parallel.errors import file_mistake
-
-OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
 
 
 def _app(text: str) -> typer.Typer:
@@ -54,7 +53,6 @@ app.add_typer(launch_app, name="launch")
 Nproc = Annotated[
     Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")
 ]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -67,7 +65,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 @app.command(context_settings=OVERRIDES)
 def pretrain(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")],
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nproc: Nproc = None,
     resume: Annotated[
         str,
@@ -89,7 +87,7 @@ def pretrain(
     """
     from moe_train.config import load_run
 
-    config = load_run(run, _checked(overrides))
+    config = load_run(run, overrides)
     if dry_run:
         from moe_train.dry_run import dry_run as show
 
@@ -109,7 +107,7 @@ def branch(
         str,
         typer.Argument(metavar="NEW.yaml", help="The run file of the new run, with an output_dir of its own."),
     ],
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nproc: Nproc = None,
 ) -> Optional[int]:
     """Start a new run from a checkpoint of another.
@@ -121,13 +119,13 @@ def branch(
     """
     from moe_train.training.branch import branch as start
 
-    return start(source, new, overrides=_checked(overrides), nproc=nproc)
+    return start(source, new, overrides=overrides, nproc=nproc)
 
 
 @app.command(context_settings=OVERRIDES)
 def profile(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")],
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nproc: Nproc = None,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time, and to profile.")] = 3,
     out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the traces and profile.json.")] = "profile",
@@ -143,7 +141,7 @@ def profile(
     from moe_train.config import load_run
     from moe_train.profile.run import profile as measure
 
-    return measure(load_run(run, _checked(overrides)), nproc, steps, out, as_json)
+    return measure(load_run(run, overrides), nproc, steps, out, as_json)
 
 
 @app.command()
@@ -258,7 +256,7 @@ def score(
     checkpoint: Checkpoint,
     ids: Annotated[str, typer.Option(metavar="IDS.npy", help="Token ids, whole numbers [batch, sequence].")],
     out: Annotated[str, typer.Option(metavar="NLL.npz", help="Writes the array nll, float32 [batch, sequence - 1].")],
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nproc: Nproc = None,
 ) -> Optional[int]:
     """Write the negative log-likelihood of each token.
@@ -271,14 +269,14 @@ def score(
     """
     from moe_train.inference.score import score as run
 
-    return status(run(checkpoint, ids, out, nproc, _checked(overrides)))
+    return status(run(checkpoint, ids, out, nproc, overrides))
 
 
 @app.command(context_settings=OVERRIDES)
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")] = 1.0,
     top_p: Annotated[
@@ -309,28 +307,9 @@ def generate(
             top_p=top_p,
             seed=seed,
             nproc=nproc,
-            overrides=_checked(overrides),
+            overrides=overrides,
         )
     )
-
-
-def _checked(overrides: list[str] | None) -> list[str]:
-    """Overrides in the form a.b=c; what looks like a mistyped option is told as one."""
-    for text in overrides or []:
-        if text.startswith("-") and "=" not in text and "." not in text:
-            raise _no_such_option(text)
-        if text.startswith("--") and "=" not in text:
-            raise UserError(f"{text} has no value; write {text}=VALUE, without a space")
-        if text.startswith("--") and "." not in text.partition("=")[0] and "-" in text[2:].partition("=")[0]:
-            raise _no_such_option(text.partition("=")[0])
-    return list(overrides or [])
-
-
-def _no_such_option(text: str) -> UserError:
-    from data_pipeline.yaml_marks import suggestion
-
-    known = ["--nproc", "--resume", "--dry-run", "--help"]
-    return UserError(f"there is no option {text}; {suggestion(text, known, 'options')}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from moe_train.overrides import OVERRIDES, Overrides
+
 app = typer.Typer(
     help="Plan a run before paying for it: size, memory, layout, cost.",
     no_args_is_help=True,
@@ -14,9 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-OVERRIDES = {"ignore_unknown_options": True}  # so that --a.b=c arrives as an override, like a.b=c
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="a.b=c", help="Keys to set, as a.b=c or --a.b=c.")]
 Gpu = Annotated[str, typer.Option(metavar="NAME", help="A preset or file of hardware.")]
 Nodes = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Nodes; else those of the run file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")]
@@ -69,7 +69,7 @@ def compute_optimal(
 @app.command(context_settings=OVERRIDES)
 def memory(
     run: Run,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nodes: Nodes = None,
     nproc: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Ranks, instead of nodes.")] = None,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="A preset or file of hardware; none: bytes alone.")] = "h100",
@@ -83,13 +83,13 @@ def memory(
     """
     from moe_train.plan.memory import memory as show
 
-    show(run, list(overrides or []), nodes=nodes, nproc=nproc, gpu=gpu, as_json=as_json)
+    show(run, overrides, nodes=nodes, nproc=nproc, gpu=gpu, as_json=as_json)
 
 
 @app.command(context_settings=OVERRIDES)
 def cost(
     run: Run,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nodes: Nodes = None,
     gpu: Gpu = "h100",
     price: Annotated[float, typer.Option(metavar="P", help="Of one GPU for one hour.")] = 2.0,
@@ -112,7 +112,7 @@ def cost(
 
     show(
         run,
-        list(overrides or []),
+        overrides,
         nodes=nodes,
         gpu=gpu,
         price=price,
@@ -156,7 +156,7 @@ def upcycle(
 @app.command(context_settings=OVERRIDES)
 def layout(
     run: Run,
-    overrides: Overrides = None,
+    overrides: Overrides = (),
     nodes: Nodes = None,
     gpu: Gpu = "h100",
     calibrate: Annotated[
@@ -192,7 +192,7 @@ def layout(
 
     show(
         run,
-        list(overrides or []),
+        overrides,
         nodes=nodes,
         gpu=gpu,
         calibrate=calibrate,

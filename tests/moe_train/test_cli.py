@@ -66,6 +66,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--nproc", "0"], "Invalid value for '--nproc'"),
         (["pretrain", "demo", "--nprocs", "2"], "there is no option --nprocs; did you mean '--nproc'?"),
         (["pretrain", "demo", "--dry-rn"], "there is no option --dry-rn; did you mean '--dry-run'?"),
+        (
+            ["generate", "x", "--prompt", "y", "--max-token", "5"],
+            "there is no option --max-token; did you mean '--max-tokens'?",
+        ),
+        (["plan", "memory", "demo", "--node", "2"], "there is no option --node; did you mean '--nodes'?"),
+        (["launch", "slurm", "demo", "--spare", "1"], "there is no option --spare; did you mean '--spares'?"),
         (["pretrain", "demo", "--training.seed", "2"], "write --training.seed=VALUE, without a space"),
         (["pretrain", "demo", "training.sed=2"], "training.sed: unknown key; did you mean 'seed'?"),
         (["pretrain", "nowhere.yaml"], "there is no file nowhere.yaml"),
@@ -207,6 +213,12 @@ def test_python_dash_m_and_a_reader_that_leaves() -> None:
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: moe-train")
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments, status in ((["--version"], 0), (["mx"], 2)):
+        command = [sys.executable, "-m", "moe_train", *arguments]
+        assert subprocess.run(command, cwd=ROOT, stdout=writer, stderr=writer, timeout=60).returncode == status
+    os.close(writer)
     done = subprocess.run(
         [sys.executable, "-m", "moe_train", "mx"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
