@@ -7,8 +7,6 @@ its `exit_code`.
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
 from typing import Annotated, Optional
 
@@ -21,7 +19,7 @@ from moe_train.checkpoint.commands import app as checkpoint_app
 from moe_train.errors import UserError
 from moe_train.overrides import OVERRIDES, Overrides
 from moe_train.plan.commands import app as plan_app
-from parallel.errors import file_mistake
+from parallel.errors import file_mistake, say
 
 
 def _app(text: str) -> typer.Typer:
@@ -318,9 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
         return app(args=arguments, prog_name="moe-train", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as end:  # as typer ends where the reader of our output has gone (| head)
+        if isinstance(end.__context__, BrokenPipeError):
+            return 0
+        raise
     except Exception as error:
         return _explain(error)
 
@@ -335,16 +334,13 @@ def _explain(error: Exception) -> int:
         error = UserError(mistake)
     code = getattr(error, "exit_code", None)
     if not isinstance(code, int):
-        traceback.print_exc()
-        print(
-            "error: this is a bug in moe-train, not in what you asked for; please report the lines above",
-            file=sys.stderr,
-        )
+        say(traceback.format_exc().rstrip("\n"))
+        say("error: this is a bug in moe-train, not in what you asked for; please report the lines above")
         return 1
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    print(f"error: {' '.join(message.splitlines())}{hint}", file=sys.stderr)
+    say(f"error: {' '.join(message.splitlines())}{hint}")
     return code
 
 

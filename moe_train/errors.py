@@ -6,7 +6,7 @@ A package below (`data_pipeline`, `parallel`) raises its own classes: what count
 
 from __future__ import annotations
 
-import sys
+from parallel.errors import say
 
 
 class UserError(Exception):
@@ -43,4 +43,4 @@ class PolicyStop(Exception):
 
 def warn(text: str) -> None:
     """Say on stderr what a user should know and what does not end the command."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")

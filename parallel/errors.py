@@ -1,9 +1,11 @@
-"""The errors that this package raises on purpose. Each carries the exit status that a command should end
-with."""
+"""The errors that this package raises on purpose, and how they are said. Each carries the exit status that a command
+should end with."""
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 _FULL = {
     errno.ENOSPC: "make room, or choose another disk",
@@ -20,6 +22,15 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOTDIR: "one of the folders in it is a file: correct the path",
 }
+
+
+def say(text: str) -> None:
+    """A line on stderr, as long as somebody reads it: a reader that has gone (`| head`, a lost connection) ends no run
+    and changes no exit status."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # what the old one still holds would fail once more when the process ends
 
 
 def file_mistake(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-from parallel.errors import file_mistake
+from parallel.errors import file_mistake, say
 from parallel.rank_env import rank_environment
 
 ERROR_DIR = "PARALLEL_ERROR_DIR"
@@ -78,7 +78,7 @@ def run_rank(target: str, args: list | dict, log_dir: Path | str | None = None) 
         if getattr(error, "exit_code", None) == EXIT_STOPPED:
             # Stopped as asked: no failure, and the other ranks may still be writing.
             if rank == 0:
-                print(error, file=sys.stderr)
+                say(str(error))
             return EXIT_STOPPED
         _fail(error, log_dir)
 

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from parallel.errors import say
 from parallel.rank import (
     ERROR_DIR,
     EXIT_LOST_RANK,
@@ -91,12 +92,11 @@ def run_ranks(nproc: int, target: str, args: list | dict, log_dir: Path | str | 
 def tell(result: SpawnResult, log_dir: Path | str | None = None) -> None:
     """Print the first failure of a group of ranks, if there was one, on stderr."""
     if result.traceback:
-        print(result.traceback, end="", file=sys.stderr)
+        say(result.traceback.rstrip("\n"))
     if result.message:
-        print(result.message if result.code == EXIT_STOPPED else f"error: {result.message}", file=sys.stderr)
+        say(result.message if result.code == EXIT_STOPPED else f"error: {result.message}")
         if result.code != 2 and result.rank is not None and log_dir is not None:
-            print(f"the log of rank {result.rank}: {rank_log_path(log_dir, result.rank)}", file=sys.stderr)
-    sys.stderr.flush()
+            say(f"the log of rank {result.rank}: {rank_log_path(log_dir, result.rank)}")
 
 
 def spawn_ranks(

@@ -24,7 +24,7 @@ from moe_train.checkpoint.pieces import pieces_of_scales, pieces_to_load
 from moe_train.checkpoint.random_state import restore_random_state
 from moe_train.checkpoint.reader import read_metadata, read_pieces
 from moe_train.checkpoint.retention import mark_verified
-from moe_train.errors import DamagedError, HardwareError, UserError
+from moe_train.errors import DamagedError, HardwareError, UserError, warn
 from moe_train.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def find_checkpoint(
             return path
         damaged.append(f"{path.name}: {reason}")
         if first:
-            _say(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
+            warn(f"{path}: {reason}; set aside as {set_aside(path, DAMAGED).name}")
     if fetched := ranks.from_rank_zero(_fetch(mirror, folder) if first and mirror else None):
         if reason := what_is_wrong(fetched, ranks):
             raise DamagedError(f"{fetched}, just fetched from {mirror.url if mirror else 'its copy'}: {reason}")
@@ -97,7 +97,7 @@ def give_up_later(folder: Path, path: Path, topology: Topology | None = None) ->
     for each in checkpoints(folder):
         if step_of(each) > step or (step_of(each) == step and not _same(each, path)):
             aside = set_aside(each, SUPERSEDED)
-            _say(f"{each} is of a part of the run that is given up; set aside as {aside.name}")
+            warn(f"{each} is of a part of the run that is given up; set aside as {aside.name}")
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -267,7 +267,7 @@ class _OneRank:
 def _fetch(mirror: Mirror, folder: Path) -> Path | None:
     fetched = mirror.fetch(folder)
     if fetched is not None:
-        _say(f"{folder} holds no whole checkpoint; {fetched.name} was fetched from {mirror.url}")
+        warn(f"{folder} holds no whole checkpoint; {fetched.name} was fetched from {mirror.url}")
     return fetched
 
 
@@ -278,10 +278,6 @@ def _remember(path: Path) -> None:
         point_to(path)
     except OSError:
         pass  # a folder that can only be read can still be loaded from
-
-
-def _say(text: str) -> None:
-    print(f"warning: {text}", flush=True)
 
 
 def _what_is_computed(config: ModelConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -166,6 +167,18 @@ def test_a_traceback_goes_to_the_log_of_its_rank(ranks, tmp_path, capfd, monkeyp
 def test_nothing_but_lost_connections_is_a_lost_rank(ranks):
     result = spawn_ranks(2, f"{ranks}:all_lost", [])
     assert result.code == 5 and "lost the connection to another rank" in result.message
+
+
+def test_a_terminal_that_has_gone_changes_no_status():
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = (
+        "from parallel.spawn import SpawnResult, tell; from moe_train.errors import warn\n"
+        "warn('a checkpoint was set aside'); tell(SpawnResult(6, 'rank 0: too many spikes', 0)); raise SystemExit(6)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], stderr=writer, timeout=60)
+    os.close(writer)
+    assert done.returncode == 6
 
 
 def test_a_target_that_does_not_exist(ranks):

@@ -50,7 +50,7 @@ def test_two_hundred_damages_are_all_found_and_survived(ranks, tmp_path, capsys)
         assert cli.main(["checkpoint", "verify", str(newest)]) == 4
         assert victim.name in capsys.readouterr().err
         assert find_checkpoint(folder) == before
-        assert victim.name in capsys.readouterr().out
+        assert victim.name in capsys.readouterr().err
         assert not newest.exists()
         shutil.rmtree(folder / "iter_0000002.damaged")
         shutil.copytree(spare, newest)
@@ -75,7 +75,7 @@ def test_a_bad_one_is_named_and_set_aside_not_deleted(run, capsys) -> None:
     (folder / "iter_0000300" / "run_state.json").write_text("{}")
     (folder / "iter_0000200" / "__0_0.distcp").unlink()
     assert find_checkpoint(folder) == folder / "iter_0000100"
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "iter_0000300: run_state.json has 2 bytes" in said and "iter_0000200: __0_0.distcp is missing" in said
     assert (folder / "iter_0000300.damaged" / "run_state.json").exists()
     assert (folder / POINTER).read_text() == "100\n"
@@ -137,7 +137,7 @@ def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, tmp_path, capsy
     assert find_checkpoint(folder, str(path)) == path
     assert (folder / "iter_0000300").exists()  # it is not loaded yet
     give_up_later(folder, path)
-    assert "given up" in capsys.readouterr().out
+    assert "given up" in capsys.readouterr().err
     assert sorted(each.name for each in folder.glob("iter_*")) == [
         "iter_0000100",
         "iter_0000200.superseded",
