@@ -20,6 +20,8 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 the first."""
 WOULD_WAIT = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 """On a CPU: operations that would. Copies of whole tensors to the host cannot be told from others there."""
+FUSED_ADAMW = "aten::_fused_adamw_"
+"""Reads its count of steps as a number on a CPU alone: there it says nothing about a GPU."""
 
 
 def costliest(events, gpu: bool, steps: int, count: int = 60) -> list[dict[str, float | str]]:
@@ -55,16 +57,17 @@ def write_costliest(events, gpu: bool, steps: int, path: Path) -> None:
 
 def host_waits(events, gpu: bool, steps: int) -> dict[str, float]:
     """How often a step has the host wait, by operation and part of the model: ``{"aten::item in router": 24.0}``."""
+    named, apart = (WAITS, (OWN,)) if gpu else (WOULD_WAIT, (OWN, FUSED_ADAMW))
     waits: Counter[str] = Counter()
     for event, part in events_with_parts(events):
-        if event.name in (WAITS if gpu else WOULD_WAIT) and not _within(event, OWN):
+        if event.name in named and not _within(event, apart):
             waits[f"{_operation(event)} in {part}"] += 1
     return {name: count / steps for name, count in waits.most_common()}
 
 
-def _within(event, name: str) -> bool:
+def _within(event, names: tuple[str, ...]) -> bool:
     while event is not None:
-        if event.name == name:
+        if event.name in names:
             return True
         event = event.cpu_parent
     return False
