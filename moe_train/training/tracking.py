@@ -1,8 +1,8 @@
 """Weights & Biases and TensorBoard, as `logging` in the run file asks. Only rank 0 makes trackers.
 
 Figures have the names of metrics.jsonl there, in slash groups here (`train/loss`, `router/z_loss`, `optimizer/lr`,
-`throughput/mfu`), over steps and over tokens. Tracking is an onlooker: once it has begun, an error of it is told and
-ends the tracker, never the run.
+`throughput/mfu`), over steps and over tokens. Tracking is an onlooker: but for a user's mistake, an error of it is
+told and ends the tracker, never the run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Trackers:
         warn: gets one line when a tracker gives up.
 
     Raises:
-        UserError: a package is missing, or `wandb.mode: online` has no key.
+        UserError: a package is missing, `wandb.mode: online` has no key, or wandb does not take a name.
     """
 
     def __init__(
@@ -77,11 +77,10 @@ class Trackers:
         self._trackers: dict[str, Tracker] = {}
         self._state = dict(state or {})
         if logging.wandb is not None and logging.wandb.mode != "disabled":
-            self._trackers["wandb"] = WandbTracker(
-                logging.wandb, Path(folder), config, self._state.get("wandb"), self._warn
-            )
+            known = self._state.get("wandb")
+            self._start("wandb", WandbTracker, logging.wandb, Path(folder), config, known, self._warn)
         if logging.tensorboard:
-            self._trackers["tensorboard"] = TensorBoardTracker(Path(folder) / "tensorboard", step, tokens)
+            self._start("tensorboard", TensorBoardTracker, Path(folder) / "tensorboard", step, tokens)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send a line of metrics.jsonl."""
@@ -99,6 +98,14 @@ class Trackers:
         for name in list(self._trackers):
             self._guard(name, lambda tracker: tracker.close(code))
         self._trackers.clear()
+
+    def _start(self, name: str, kind: Callable[..., Tracker], *arguments: Any) -> None:
+        try:
+            self._trackers[name] = kind(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            self._warn(f"{name} cannot start ({type(error).__name__}: {error}); metrics.jsonl has everything")
 
     def _guard(self, name: str, action: Callable[[Tracker], None]) -> None:
         try:
@@ -153,7 +160,10 @@ class WandbTracker:
                 )
                 mode = "offline"
         if mode == "offline":
-            self._run = wandb.init(mode="offline", settings=settings, **arguments)
+            try:
+                self._run = wandb.init(mode="offline", settings=settings, **arguments)
+            except wandb.UsageError as error:
+                raise UserError(f"logging.wandb: {error}; correct it, or set logging.wandb to null") from None
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
@@ -179,8 +189,8 @@ class TensorBoardTracker:
                 "false"
             ) from error
         # Points of a part that is computed again disappear from the view.
-        self._by_step = SummaryWriter(str(folder / "by_step"), purge_step=step + 1 if step else None)
-        self._by_tokens = SummaryWriter(str(folder / "by_tokens"), purge_step=tokens + 1 if tokens else None)
+        self._by_step = SummaryWriter(str(folder / "by_step"), purge_step=step + 1)
+        self._by_tokens = SummaryWriter(str(folder / "by_tokens"), purge_step=tokens + 1)
 
     def log(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

@@ -88,6 +88,12 @@ def test_wandb_online_needs_a_key(tmp_path, no_key):
         Trackers(LoggingConfig(wandb=WandbConfig(mode="online")), tmp_path, {})
 
 
+def test_a_name_that_wandb_does_not_take_is_a_mistake(tmp_path, no_key):
+    pytest.importorskip("wandb")
+    with pytest.raises(UserError, match="logging.wandb: Invalid project name 'a/b'.*; correct it"):
+        Trackers(LoggingConfig(wandb=WandbConfig(project="a/b")), tmp_path, {})
+
+
 @pytest.mark.parametrize(
     ("package", "logging"), [("wandb", {"wandb": {}}), ("torch.utils.tensorboard", {"tensorboard": True})]
 )
@@ -101,7 +107,7 @@ def test_tensorboard_over_steps_and_tokens_and_a_resume(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, end in ((0, 4), (2, 5)):
+    for start, end in ((0, 3), (0, 4), (2, 5)):
         trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, step=start, tokens=start * 100)
         for step in range(start + 1, end + 1):
             trackers.log({"step": step, "tokens": step * 100, "loss": float(start)})
@@ -110,6 +116,15 @@ def test_tensorboard_over_steps_and_tokens_and_a_resume(tmp_path):
         events = EventAccumulator(str(tmp_path / "tensorboard" / axis)).Reload()
         points = [(event.step, event.value) for event in events.Scalars("train/loss")]
         assert points == [(1 * scale, 0.0), (2 * scale, 0.0), (3 * scale, 2.0), (4 * scale, 2.0), (5 * scale, 2.0)]
+
+
+def test_a_tracker_that_cannot_start_is_told_and_left_out(tmp_path):
+    told = []
+    (tmp_path / "tensorboard").touch()  # where its folder would be
+    trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, warn=told.append)
+    trackers.log({"step": 1, "tokens": 1, "loss": 1.0})
+    trackers.close()
+    assert len(told) == 1 and told[0].startswith("tensorboard cannot start")
 
 
 def test_a_tracker_that_fails_is_dropped_and_told_once(tmp_path):
