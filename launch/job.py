@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -90,7 +91,9 @@ class Job:
         run_file, output = (self.inside(path) for path in (self.run_file, self.run_dir))
         # Where it runs is settled by now, and the cluster file need not be visible to the ranks.
         overrides = [text for text in self.overrides if not _LAUNCHER.match(text)]
-        return ["-m", "moe_train", "pretrain", run_file, f"output_dir={output}", "launch.cluster=null", *overrides]
+        # Quoted: an override's value is read as YAML, where " #" begins a remark.
+        folder = f"output_dir={json.dumps(output)}"
+        return ["-m", "moe_train", "pretrain", run_file, folder, "launch.cluster=null", *overrides]
 
     def preflight(self) -> list[str]:
         """What one task a node runs before the ranks; empty where the nodes are not to be looked at."""

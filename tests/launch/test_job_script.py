@@ -44,7 +44,8 @@ case "$*" in
       outcome null null; until_noticed =
     fi
     if [ -n "$T_CODE" ]; then outcome "$T_CODE" '"x"'; fi
-    if [ -n "$T_NEWER" ]; then echo "$T_NEWER" > "$NOTES/current"; exec sleep 60; fi ;;
+    if [ -n "$T_NEWER" ]; then echo "$T_NEWER" > "$NOTES/current"; exec sleep 60; fi
+    exit ${T_STATUS:-0} ;;
 esac
 """
 SCONTROL = """#!/bin/bash
@@ -111,10 +112,11 @@ def start(tmp_path: Path):
         late: bool = False,
         watched: bool = False,
         stop: float | None = None,
+        setup: tuple[str, ...] = (),
         **variables: str,
     ) -> Ended:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        job = load_job(str(write_run(folder, {"max_restarts": 1})), chain=chain, spares=spares)
+        job = load_job(str(write_run(folder, {"max_restarts": 1, "setup": list(setup)})), chain=chain, spares=spares)
         job.notes.mkdir(parents=True)
         (job.notes / "jobs.jsonl").write_text(
             '{"time": "t", "job": "7", "nodes": 2}\n{"time": "t", "job": "9", "nodes": 2}\n'
@@ -237,6 +239,16 @@ def test_a_controller_that_is_away_is_asked_again(start) -> None:
 def test_when_the_time_is_up_the_controller_is_waited_for_no_longer(start) -> None:
     ended = start(CODE="5", AWAY="9", late=True)
     assert ended.asked == ["requeue 7"] and ended.status == 5 and "could not be requeued; submit" in ended.said
+
+
+def test_a_crash_loop_tells_its_last_reason_as_it_is(start) -> None:
+    ended = start(CODE="5", failures=1, WHY='no \\"x\\" in caf\\u00e9')
+    assert ended.over["reason"].endswith('with status 5: no "x" in caf\u00e9'), ended.said
+
+
+def test_what_a_sites_lines_set_in_the_shell_ends_no_script(start) -> None:
+    ended = start(CODE="5", STATUS="5", setup=("set -euo pipefail",))
+    assert ended.end["next"] == "requeue" and ended.asked == ["requeue 7"], ended.said
 
 
 def test_half_a_line_in_the_notes_costs_no_other(start) -> None:

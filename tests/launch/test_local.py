@@ -227,17 +227,18 @@ def test_ranks_on_other_machines_save_when_the_launcher_dies(tmp_path: Path, mac
 
 def test_the_machines_of_a_hostfile_train_together(tmp_path: Path, machines: tuple[str, str]) -> None:
     """Of which one loses its rank."""
-    hosts, rsh = machines
-    path = runs.write_run(tmp_path, {"preflight": {"free_gigabytes": 0.001}}, steps=150, parallel={"expert": 2})
+    (hosts, rsh), folder = machines, tmp_path / "a #1"
+    folder.mkdir()
+    path = runs.write_run(folder, {"preflight": {"free_gigabytes": 0.001}}, steps=150, parallel={"expert": 2})
     process = start(path, "--rsh", rsh, verb=("hostfile", hosts))
-    until(process, lambda: len(records(tmp_path, "metrics.jsonl")) >= 20)
-    os.kill(json.loads((tmp_path / "run/owner.json").read_text())["pid"], signal.SIGKILL)
+    until(process, lambda: len(records(folder, "metrics.jsonl")) >= 20)
+    os.kill(json.loads((folder / "run/owner.json").read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "restart 1" in said and "preflight: 2 nodes are fit; all-reduce" in said, said
-    assert [line["step"] for line in records(tmp_path, "metrics.jsonl")] == list(range(1, 151))
+    assert [line["step"] for line in records(folder, "metrics.jsonl")] == list(range(1, 151))
     reached = (tmp_path / "hosts.log").read_text().split()
     assert sorted(reached) == ["127.0.0.1"] * 4 + ["localhost"] * 4  # preflight and ranks, twice
-    assert [note["nodes"] for note in records(tmp_path, "launch/starts.jsonl") if note["kind"] == "start"][
+    assert [note["nodes"] for note in records(folder, "launch/starts.jsonl") if note["kind"] == "start"][
         1
     ] == "127.0.0.1,localhost"
 

@@ -17,6 +17,7 @@ from launch.lead import lead_seconds
 from launch.mounts import inside, outside
 from launch.script import alerts, render, slurm_time
 from moe_train.cli import main
+from moe_train.config import load_run
 from tests.launch.runs import write_run
 
 KINDS = {
@@ -79,7 +80,7 @@ def test_what_the_script_says(tmp_path: Path) -> None:
         assert f"\n#SBATCH --{line}\n" in script
     for line in ("requeue", "open-mode=append", "exclusive", "wait-all-nodes=1"):
         assert f"\n#SBATCH --{line}\n" in script
-    assert f"pretrain {run} output_dir={tmp_path}/run launch.cluster=null optimizer.lr=1e-3 &" in script
+    assert f"pretrain {run} 'output_dir=\"{tmp_path}/run\"' launch.cluster=null optimizer.lr=1e-3 &" in script
     assert "srun --kill-on-bad-exit=1" in script and "singleton" not in script and "\nCHAIN=0\n" in script
     chain = render(load_job(str(run), nodes=3, chain=2))
     assert "\n#SBATCH --dependency=singleton\n" in chain and "\nCHAIN=1\n" in chain
@@ -102,10 +103,12 @@ def test_variables_of_every_file_and_override_reach_the_ranks(tmp_path: Path, mo
         assert exported == {f"export OUR_{n}=/of/{n}" for n in ("COPIES", "TEXT", "NAME")} | {"export OUR_STEPS=9"}
 
 
-def test_paths_with_marks_of_the_shell_stand_whole_in_a_directive(tmp_path: Path) -> None:
-    for name in ("it's", "run#7", "a b"):
-        script = render(load_job(str(write_run(tmp_path)), [f"output_dir={tmp_path}/{name}"]))
-        assert f'\n#SBATCH --output="{tmp_path}/{name}/logs/slurm-%j.out"\n' in script
+def test_paths_with_marks_of_shell_and_yaml_stand_whole_in_the_script(tmp_path: Path) -> None:
+    for name in ("it's", "run#7", "a b", "a #7", "a: b"):
+        run, folder = str(write_run(tmp_path, output_dir=f"{tmp_path}/{name}")), f"{tmp_path}/{name}"
+        job = load_job(run)
+        assert f'\n#SBATCH --output="{folder}/logs/slurm-%j.out"\n' in render(job)
+        assert load_run(run, job.command()[4:]).output_dir == folder  # that of the ranks
 
 
 def test_everything_runs_in_the_container(tmp_path: Path, monkeypatch) -> None:
