@@ -15,6 +15,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _LARGEST_DOCUMENT = 2**31 - 1
 _INDEX_STEP = 1 << 20  # documents whose entries are in memory at once
 _BLOCK_BYTES = 1 << 20  # each has a hash of its own in the manifest
+_MAPPED = 256  # shards at once; each mapping holds a file open, of the 1024 that a process often may have
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -54,7 +56,7 @@ def prefix_of(path: str | os.PathLike[str]) -> str:
 
 class IndexedReader:
     """One shard as a flat stream of tokens, on this machine or on an object store. Opening reads a few dozen bytes; the
-    tokens are mapped, or fetched by blocks, at the first read.
+    tokens are mapped, or fetched by blocks, when they are read.
 
     Attributes: ``prefix``, ``dtype``, ``num_tokens``, ``num_sequences``, ``num_documents``, ``remote``.
 
@@ -77,7 +79,6 @@ class IndexedReader:
         self.remote = storage.is_remote(self.prefix)
         self._entry = entry
         self._object = storage.facts(self.prefix + ".bin") if self.remote else None  # this version, whatever comes
-        self._tokens: Any = None
         self._starts: np.ndarray | None = None
         if known is not None:
             code, self.num_tokens, self.num_sequences, self.num_documents = known
@@ -134,22 +135,17 @@ class IndexedReader:
         """Tokens [start, start + count) of the flat stream, read-only: of a local file a view of its mapping."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"{self.prefix}: tokens {start}..{start + count} are outside 0..{self.num_tokens}")
-        if self._tokens is None:
-            if not self.num_tokens:
-                return np.empty(0, self.dtype)
-            self._tokens = self._remote_tokens() if self.remote else self._mapped_tokens()
-        return self._tokens[start : start + count]
+        if not self.num_tokens:
+            return np.empty(0, self.dtype)
+        tokens = self._remote_tokens if self.remote else _mapped_tokens(self)
+        return tokens[start : start + count]
 
     def expect(self, start: int, count: int) -> None:
         """Begin to fetch tokens that will be read soon, where fetching takes time."""
         if self.remote:
-            self._tokens = self._tokens or self._remote_tokens()
-            self._tokens.expect(start, start + count)
+            self._remote_tokens.expect(start, start + count)
 
-    def _mapped_tokens(self) -> np.ndarray:
-        mapped = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
-        return mapped.view(np.ndarray)  # slices of a memmap cost several times as much
-
+    @cached_property
     def _remote_tokens(self) -> Any:
         from data_pipeline.remote import RemoteTokens
 
@@ -178,6 +174,12 @@ class IndexedReader:
     def document_at(self, token: int) -> int:
         """The number of the document that holds token `token` of the flat stream."""
         return int(np.searchsorted(self.document_starts, token, side="right")) - 1
+
+
+@lru_cache(_MAPPED)
+def _mapped_tokens(shard: IndexedReader) -> np.ndarray:
+    mapped = np.memmap(shard.prefix + ".bin", dtype=shard.dtype, mode="r", shape=(shard.num_tokens,))
+    return mapped.view(np.ndarray)  # slices of a memmap cost several times as much
 
 
 class BlockDigests:

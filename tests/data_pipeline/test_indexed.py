@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,23 @@ def test_an_empty_shard(tmp_path: Path) -> None:
         pass
     reader = IndexedReader(tmp_path / "a")
     assert reader.num_tokens == reader.num_documents == 0 and len(reader.tokens(0, 0)) == 0
+
+
+def test_more_shards_than_a_process_may_have_files_open(tmp_path: Path) -> None:
+    first = write(tmp_path / "a")
+    shards = [tmp_path / f"a-{number:05d}" for number in range(1100)]
+    for shard in shards:
+        for end in (".bin", ".idx"):
+            os.link(tmp_path / f"a{end}", f"{shard}{end}")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        readers = [IndexedReader(shard) for shard in shards]
+        kept = readers[0].tokens(3, 10)
+        assert all(reader.tokens(2, 3).tolist() == first.tokens(2, 3).tolist() for reader in readers)
+        assert np.array_equal(kept, first.tokens(3, 10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("end", [".bin", ".idx"])
