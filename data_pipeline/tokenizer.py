@@ -51,7 +51,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise MissingDataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise MissingDataError(f"tokenizer {path}: cannot be read ({error.strerror}); check the path") from None
     return digest.hexdigest()
 
 

@@ -26,9 +26,6 @@ def problems(job: Job) -> Iterator[str]:
     yield from _disk(job)
     try:
         config = seen_from_here(job.config, job.cluster.container)
-        tokenizer = config.mixture.tokenizer
-        if tokenizer and not os.path.exists(tokenizer):
-            yield f"{config.data.mixture}: tokenizer: there is no file {tokenizer}; check the path and the mounts"
         check_run(config, job.ranks, "auto")
     except Exception as error:
         if not isinstance(getattr(error, "exit_code", None), int):

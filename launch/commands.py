@@ -29,9 +29,7 @@ def slurm(
     chain: Annotated[
         int, typer.Option(min=1, metavar="N", help="Jobs in a row; each goes on where the last stopped.")
     ] = 1,
-    spares: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Nodes beyond those, for when some turn out unfit.")
-    ] = 0,
+    spares: Annotated[int, typer.Option(min=0, metavar="N", help="Spare nodes, to take the place of unfit ones.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
 ) -> None:
     """Check a run and submit it to Slurm.
@@ -54,7 +52,8 @@ def local(
     overrides: Overrides = (),
     nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start.")] = None,
     max_restarts: Annotated[
-        Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
+        Optional[int],
+        typer.Option(min=0, metavar="K", help="Restarts after failures without a new checkpoint between them."),
     ] = None,
 ) -> Optional[int]:
     """Train on this machine, and start again after failures.
@@ -79,16 +78,17 @@ def hostfile(
         Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes on each, instead of slots.")
     ] = None,
     rsh: Annotated[
-        str, typer.Option(metavar="COMMAND", help="Gets a host and a command line, and hands stdin on.")
+        str, typer.Option(metavar="COMMAND", help="Runs a command line on a host, and hands stdin on.")
     ] = "ssh",
     max_restarts: Annotated[
-        Optional[int], typer.Option(min=0, metavar="K", help="After failures without a new checkpoint between them.")
+        Optional[int],
+        typer.Option(min=0, metavar="K", help="Restarts after failures without a new checkpoint between them."),
     ] = None,
 ) -> Optional[int]:
-    """Train on machines that a hostfile names.
+    """Train on the machines of a hostfile.
 
-    And start again after failures. They share the disk, see this folder under the same path, and let you in without a
-    password.
+    Starts again after failures. The machines share a disk, see this folder under the same path, and let you in
+    without a password.
 
     \b
     moe-train launch hostfile hosts.txt run.yaml
@@ -102,13 +102,13 @@ def hostfile(
 @app.command("status")
 def status(
     run_dir: RunDir,
-    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run is over.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until the run is over.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in plain units.")] = False,
 ) -> None:
     """Show state, progress, speed and restarts.
 
-    With their reasons, the expected end and the cost. Works from the run's folder alone, also when Slurm has forgotten
-    the job.
+    Also the reasons for restarts, the expected end and the cost. The run's folder is enough, even when Slurm has
+    forgotten the job.
 
     \b
     moe-train launch status runs/jetmoe_8b --watch
@@ -121,11 +121,13 @@ def status(
 @app.command("logs")
 def logs(
     run_dir: RunDir,
-    rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Of this rank; else of the job.")] = None,
+    rank: Annotated[
+        Optional[int], typer.Option(min=0, metavar="R", help="The log of this rank; else the job's.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")] = False,
-    tail: Annotated[int, typer.Option(min=0, metavar="N", help="Last lines to begin with; 0: all.")] = 100,
+    tail: Annotated[int, typer.Option(min=0, metavar="N", help="How many of the last lines to show; 0: all.")] = 100,
 ) -> None:
-    """Show what a run says.
+    """Show the log of a run.
 
     \b
     moe-train launch logs runs/jetmoe_8b --follow
@@ -139,7 +141,7 @@ def logs(
 @app.command("cancel")
 def cancel(
     run_dir: RunDir,
-    now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="End at once, without saving.")] = False,
 ) -> None:
     """Have a run save, then end its jobs.
 

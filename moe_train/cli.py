@@ -110,7 +110,7 @@ def branch(
 ) -> Optional[int]:
     """Start a new run from a checkpoint of another.
 
-    Optimizer and data position are kept: a decay from any stable checkpoint.
+    Optimizer and data position are kept: so any stable checkpoint can be decayed.
 
     \b
     moe-train branch runs/demo@200 decay.yaml --nproc 2
@@ -125,7 +125,7 @@ def profile(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file, or the name of a preset such as demo.")],
     overrides: Overrides = (),
     nproc: Nproc = None,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time, and to profile.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps to time, and as many to profile.")] = 3,
     out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the traces and profile.json.")] = "profile",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> Optional[int]:
@@ -150,7 +150,7 @@ def prepare(
             metavar="INPUT...", help="Files, folders or patterns: .txt, .jsonl (.gz, .zst), .parquet, .arrow."
         ),
     ],
-    out: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
+    out: Annotated[str, typer.Option(metavar="PREFIX", help="Write PREFIX.bin and PREFIX.idx.")],
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="A sentencepiece .model or a tokenizer.json.")],
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that tokenise.")] = 1,
     text_key: Annotated[
@@ -162,19 +162,19 @@ def prepare(
     ] = 0.0,
     filters: Annotated[
         Optional[list[str]],
-        typer.Option("--filter", metavar="FIELD=VALUE", help="Keep what meets it (=, !=, <, <=, >, >=)."),
+        typer.Option(
+            "--filter", metavar="FIELD=VALUE", help="Keep documents that meet it (=, !=, <, <=, >, >=); repeatable."
+        ),
     ] = None,
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop documents whose text came before.")] = False,
-    shuffle_seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of the order of the documents in the corpus.")
-    ] = 0,
+    shuffle_seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the order of documents.")] = 0,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of the input.")] = False,
     shard_tokens: Annotated[
         Optional[str],
-        typer.Option(metavar="COUNT", help="Shards PREFIX-00000.bin, ... of so many tokens, as 2B."),
+        typer.Option(metavar="COUNT", help="Write shards PREFIX-00000.bin, ... of so many tokens, such as 2B."),
     ] = None,
     max_bad: Annotated[
-        Optional[int], typer.Option(min=0, metavar="N", help="Stop above so many documents left out.")
+        Optional[int], typer.Option(min=0, metavar="N", help="Stop when more than N documents cannot be used.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a corpus, or an unfinished one, of this name.")
@@ -234,7 +234,7 @@ def mix(
         str, typer.Argument(metavar="RUN_OR_DATA.yaml", help="A run file, a mixture file, or a run's folder.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
-    history: Annotated[bool, typer.Option("--history", help="What the run has consumed so far.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Also what the run has consumed so far.")] = False,
     against: Annotated[Optional[str], typer.Option(metavar="OTHER.yaml", help="Compare with another mixture.")] = None,
 ) -> Optional[int]:
     """Show what will be fed: tokens, shares and epochs.
@@ -253,13 +253,13 @@ def mix(
 def score(
     checkpoint: Checkpoint,
     ids: Annotated[str, typer.Option(metavar="IDS.npy", help="Token ids, whole numbers [batch, sequence].")],
-    out: Annotated[str, typer.Option(metavar="NLL.npz", help="Writes the array nll, float32 [batch, sequence - 1].")],
+    out: Annotated[str, typer.Option(metavar="NLL.npz", help="Write the array nll, float32 [batch, sequence - 1].")],
     overrides: Overrides = (),
     nproc: Nproc = None,
 ) -> Optional[int]:
     """Write the negative log-likelihood of each token.
 
-    In nats, of every token after the first of each row.
+    In nats, for every token after the first of each row.
 
     \b
     moe-train score runs/demo --ids ids.npy --out nll.npz
@@ -276,7 +276,9 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
     overrides: Overrides = (),
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="Randomness; 0: always the likeliest token.")
+    ] = 1.0,
     top_p: Annotated[
         float,
         typer.Option(

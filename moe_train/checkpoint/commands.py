@@ -30,7 +30,7 @@ def status(result: object) -> int | None:
 @app.command("list")
 def list_(
     run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
 ) -> Optional[int]:
     """List the checkpoints of a run.
 
@@ -49,7 +49,7 @@ def verify(
 ) -> Optional[int]:
     """Check every file of a checkpoint by its manifest.
 
-    And that it holds the whole model. Ends with status 4 when one is damaged.
+    Also checks that the whole model is there. Ends with status 4 if anything is damaged or missing.
 
     \b
     moe-train checkpoint verify runs/demo/checkpoints/iter_0000100
@@ -72,7 +72,7 @@ def convert(
     ] = None,
     weights: Annotated[
         Optional[tuple[str, str]],
-        typer.Option("--weights", metavar="CHECKPOINT OUT", help="Keep the weights alone."),
+        typer.Option("--weights", metavar="CHECKPOINT OUT", help="Keep only the weights."),
     ] = None,
     precision: Annotated[
         Optional[str], typer.Option("--precision", metavar="fp32|bf16", help="With --weights: in this precision.")
@@ -80,7 +80,7 @@ def convert(
 ) -> Optional[int]:
     """Convert from or to Hugging Face's format.
 
-    JetMoE, Llama, Mixtral and OLMoE. Or keep the weights of a checkpoint alone.
+    For JetMoE, Llama, Mixtral and OLMoE. With --weights: keep only the weights of a checkpoint.
 
     \b
     moe-train checkpoint convert --from-hf jetmoe-8b converted
@@ -124,16 +124,16 @@ def upcycle(
     ] = 0.0,
     router: Annotated[
         Optional[list[str]],
-        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new `mlp.router`; may be given often."),
+        typer.Option("--router", metavar="KEY=VALUE", help="A key of the new `mlp.router`; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the routers and of what is drawn.")] = 1234,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that is drawn.")] = 1234,
     keep_optimizer: Annotated[
-        bool, typer.Option("--keep-optimizer", help="Carry over the optimizer's state and where the run stood.")
+        bool, typer.Option("--keep-optimizer", help="Also carry over the optimizer's state and the place in the run.")
     ] = False,
 ) -> Optional[int]:
     """Make a mixture of experts out of a dense model.
 
-    Each expert is a copy of its MLP, so that it computes what the dense model does.
+    Each expert is a copy of the MLP, so that the mixture computes what the dense model does.
 
     \b
     moe-train checkpoint upcycle runs/dense upcycled --experts 8 --top-k 2

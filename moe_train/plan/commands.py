@@ -32,7 +32,7 @@ def compute_optimal(
     mfu: Annotated[
         Optional[float], typer.Option(metavar="PART", help="With --gpu-hours: the part of the peak reached; else 0.4.")
     ] = None,
-    params: Annotated[Optional[str], typer.Option(metavar="N", help="The optimum of this size.")] = None,
+    params: Annotated[Optional[str], typer.Option(metavar="N", help="The optimum for a model of this size.")] = None,
     tokens: Annotated[Optional[str], typer.Option(metavar="D", help="The optimum for so many tokens.")] = None,
     total_params: Annotated[
         Optional[str], typer.Option(metavar="N", help="Also the best sparsity at this total size.")
@@ -48,7 +48,7 @@ def compute_optimal(
 
     \b
     moe-train plan compute-optimal --flops 5.76e23
-    moe-train plan compute-optimal --gpu-hours 30000 --gpu h100 --mfu 0.16 --total-params 8.5B
+    moe-train plan compute-optimal --gpu-hours 30000 --gpu h100 --mfu 0.192 --total-params 8.5B
     """
     from moe_train.plan.compute_optimal import compute_optimal as show
 
@@ -92,7 +92,7 @@ def cost(
     overrides: Overrides = (),
     nodes: Nodes = None,
     gpu: Gpu = "h100",
-    price: Annotated[float, typer.Option(metavar="P", help="Of one GPU for one hour.")] = 2.0,
+    price: Annotated[float, typer.Option(metavar="P", help="What one GPU costs for one hour.")] = 2.0,
     mfu: Annotated[Optional[float], typer.Option(metavar="PART", help="The part of the peak reached.")] = None,
     tokens_per_second: Annotated[
         Optional[float], typer.Option(metavar="T", help="Tokens per second of one GPU.")
@@ -133,7 +133,7 @@ def upcycle(
         float, typer.Option(metavar="R", help="Cost of a token of the mixture over one of the dense model.")
     ] = 2.0,
     learning_rate_ratio: Annotated[
-        Optional[float], typer.Option(metavar="PART", help="Where the dense run's learning rate ended.")
+        Optional[float], typer.Option(metavar="PART", help="The dense run's last learning rate over its peak.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -163,13 +163,14 @@ def layout(
         Optional[str], typer.Option(metavar="FILE", help="metrics.jsonl of this run file on these nodes.")
     ] = None,
     measured: Annotated[
-        Optional[str], typer.Option(metavar="FILE", help="A step of one GPU: of h100_step.py or `profile`.")
+        Optional[str], typer.Option(metavar="FILE", help="A step measured on one GPU, by h100_step.py or `profile`.")
     ] = None,
     contestant: Annotated[
-        Optional[str], typer.Option(metavar="NAME", help="In --measured: else ours; e.g. ours-fp8-tensorwise-share.")
+        Optional[str],
+        typer.Option(metavar="NAME", help="Which of --measured, such as ours-fp8-tensorwise-share; else ours."),
     ] = None,
     routing: Annotated[
-        Optional[str], typer.Option(metavar="learned|balanced", help="In --measured: else balanced.")
+        Optional[str], typer.Option(metavar="learned|balanced", help="Which of --measured; else balanced.")
     ] = None,
     micro_batch: Annotated[
         Optional[list[int]], typer.Option(min=1, metavar="N", help="A micro-batch size to try; repeatable.")
@@ -211,8 +212,8 @@ def fit(
     out: Annotated[Optional[str], typer.Option(metavar="LAW.json", help="Write the laws here.")] = None,
     plot: Annotated[Optional[str], typer.Option(metavar="FILE.png", help="Draw the fit here.")] = None,
     bootstraps: Annotated[int, typer.Option(metavar="N", help="Resamplings for the intervals.")] = 100,
-    starts: Annotated[int, typer.Option(metavar="N", help="Of the grid's 4,500 starts.")] = 60,
-    drop_highest: Annotated[int, typer.Option(metavar="N", help="Leave out runs of highest loss.")] = 0,
+    starts: Annotated[int, typer.Option(metavar="N", help="How many of the grid's 4,500 starts to try.")] = 60,
+    drop_highest: Annotated[int, typer.Option(metavar="N", help="Leave out the N runs of highest loss.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fit scaling laws to runs of your own.
@@ -236,12 +237,12 @@ def fit(
 
 @app.command()
 def sweep(
-    budgets: Annotated[list[str], typer.Argument(metavar="BUDGETS...", help="Operations of a run, 6ND.")],
+    budgets: Annotated[list[str], typer.Argument(metavar="BUDGETS...", help="Operations of each run (6ND).")],
     base: Annotated[str, typer.Option(metavar="RUN.yaml", help="What the runs have in common.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the run files.")],
-    sizes: Annotated[int, typer.Option(metavar="N", help="Models of each budget.")] = 7,
+    sizes: Annotated[int, typer.Option(metavar="N", help="Model sizes for each budget.")] = 7,
     around: Annotated[
-        Optional[str], typer.Option(metavar="N", help="Active parameters in the middle; else by the law.")
+        Optional[str], typer.Option(metavar="N", help="Active parameters of the middle size; else by the law.")
     ] = None,
     sparsity: Annotated[
         Optional[list[float]], typer.Option(metavar="S", help="Also vary the sparsity; repeatable.")

@@ -214,6 +214,14 @@ def test_corpora_are_looked_for_through_the_mounts(tmp_path: Path) -> None:
     assert any("/elsewhere/web.bin is not visible" in line for line in problems(load_job(str(run), strict=False)))
 
 
+def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("tokenizer: gone.model\n" + mixture.read_text())
+    (line,) = problems(load_job(str(run), strict=False))
+    assert line.startswith(f"tokenizer {tmp_path}/gone.model: cannot be read (No such file or directory)")
+
+
 def test_the_warning_leaves_time_for_a_step_and_a_checkpoint(tmp_path: Path) -> None:
     job = load_job(str(write_run(tmp_path)))
     slow = job.cluster.model_copy(update={"checkpoint_gigabytes_per_second": 1e-6})

@@ -68,7 +68,7 @@ def test_every_part_has_time_and_all_of_it_is_given_out(events):
 
 
 def test_no_part_of_the_model_has_the_host_wait(events):
-    """The loss and the gradient norm are read once; that AdamW's kernel for CPUs reads its count of steps is left out."""
+    """Loss and gradient norm are read once. AdamW reads its count of steps on a CPU alone, which is left out."""
     waits = host_waits(events[1], gpu=False, steps=1)
     assert waits.pop("aten::item in other") == 1
     waits.pop("aten::tolist in depth", None)
