@@ -13,11 +13,13 @@ from data_pipeline.units import format_count
 from launch import controller
 from launch.journal import Journal
 from moe_train.errors import UserError
+from moe_train.training.fence import owner_of
 from moe_train.training.run_folder import RunFolder, last_steps, now
 from moe_train.units import format_time
 
 _SILENT_SECONDS = 300
 """A run whose metrics were written this long ago may be alive, for all that its folder tells."""
+_KILLED = "killed from outside: preempted, requeued or cancelled by hand, a node failed, or the time was up"
 
 
 def status(run_dir: str, *, as_json: bool = False, watch: bool = False, every: float = 10.0) -> None:
@@ -42,13 +44,17 @@ def collect(run_dir: str) -> dict[str, Any]:
         raise UserError(f"{run_dir} holds no run; give the output_dir of one")
     metrics = last_steps(folder.metrics_path, 50)
     last = metrics[-1] if metrics else {}
-    live = {job: state for job, state in controller.states(journal.job_ids()).items() if state[0] in controller.LIVE}
+    known = controller.states(journal.job_ids())
+    live = {job: state for job, state in known.items() if state[0] in controller.LIVE}
+    newest = jobs[-1]["job"] if jobs else None
+    ended = None  # what Slurm says of it, where nothing else is at work
+    owner = owner_of(folder.path)
+    if newest in known and not live and (outcome.get("ended") or owner is None or owner.job == newest):
+        ended = f"Slurm says that job {newest} is {known[newest][0]}"
     over = journal.over()
     launcher = journal.launcher()
-    state, reason = _state(over, live, outcome, folder, launcher)
-    job = next((job for job, (name, _) in live.items() if name == "RUNNING"), None) or (
-        jobs[-1]["job"] if jobs else None
-    )
+    state, reason = _state(over, live, ended, starts, outcome, folder, launcher)
+    job = next((job for job, (name, _) in live.items() if name == "RUNNING"), newest)
     total = _total_tokens(folder, jobs)
     rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     rate = median(rates) if rates else None
@@ -59,7 +65,7 @@ def collect(run_dir: str) -> dict[str, Any]:
         "run": str(folder.path),
         "state": state,
         "reason": reason,
-        "over": over is not None,
+        "over": over is not None or ended is not None or state == "complete",
         "job": job,
         "process": launcher,
         "queue": {name: f"{word} {where}" for name, (word, where) in live.items()},
@@ -126,7 +132,13 @@ def _cost(found: dict[str, Any]) -> str | None:
 
 
 def _state(
-    over: dict | None, live: dict, outcome: dict, folder: RunFolder, launcher: int | None
+    over: dict | None,
+    live: dict,
+    ended: str | None,
+    starts: list[dict],
+    outcome: dict,
+    folder: RunFolder,
+    launcher: int | None,
 ) -> tuple[str, str | None]:
     if over is not None:
         return (
@@ -137,14 +149,22 @@ def _state(
         return "running", None
     if launcher is not None:
         return "running", None
+    if states & {"SUSPENDED", "STOPPED"}:
+        return "suspended", None
     if live:
         return "queued", next(where for _, where in live.values())
+    if not outcome.get("ended") and ended:
+        return "lost", f"{ended}; it left no outcome"
     if outcome and outcome.get("code") is None:
         if folder.metrics_path.exists() and time.time() - folder.metrics_path.stat().st_mtime < _SILENT_SECONDS:
             return "running", "as far as its folder tells"
         return "lost", "it left no outcome and writes no metrics"
-    if outcome:
-        return ("complete", None) if outcome["code"] == 0 else ("stopped", outcome["reason"])
+    if outcome.get("code") == 0:
+        return "complete", None
+    if outcome:  # the launcher knows who made the file `stop`
+        last = starts[-1] if starts else {}
+        judged = last.get("kind") == "end" and last["time"] >= outcome["ended"]
+        return "stopped", last["reason"] if judged else outcome["reason"]
     return "submitted", None
 
 
@@ -157,7 +177,7 @@ def _restarts(starts: list[dict]) -> Iterator[dict[str, Any]]:
             ended = record
             continue
         if began and not (ended and ended["code"] == 0):
-            reason = ended["reason"] if ended else "killed from outside: preempted, a node failed, or the time was up"
+            reason = ended["reason"] if ended else _KILLED
             code = ended["code"] if ended else None
             yield {"time": record["time"], "saved": record.get("saved"), "code": code, "reason": reason}
         began, ended = True, None

@@ -12,6 +12,7 @@ from launch.journal import Journal
 from launch.status import collect
 from moe_train.cli import main
 from moe_train.config import load_run
+from moe_train.training.fence import Fence
 from moe_train.training.run_folder import RunFolder, append_line
 from tests.launch.runs import write_run
 
@@ -90,6 +91,37 @@ def test_watch_ends_with_the_run(folder: Path, capsys) -> None:
 def test_a_run_that_writes_no_more_is_lost(folder: Path) -> None:
     os.utime(folder / "metrics.jsonl", (0, 0))
     assert collect(str(folder))["state"] == "lost"
+
+
+@pytest.mark.parametrize(
+    ("said", "by_hand", "state", "reason", "over"),
+    [
+        ("FAILED|x", False, "lost", "Slurm says that job 7 is FAILED; it left no outcome", True),
+        ("FAILED|x", True, "running", "as far as its folder tells", False),
+        ("SUSPENDED|node[1-2]", False, "suspended", None, False),
+        ("PENDING|(Resources)", False, "queued", "(Resources)", False),
+    ],
+)
+def test_what_slurm_knows_is_believed(
+    folder: Path, tmp_path: Path, monkeypatch, said: str, by_hand: bool, state: str, reason: str | None, over: bool
+) -> None:
+    """Of the job that has the folder; somebody may have started the run by hand since."""
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '7|{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Fence.take(folder, {} if by_hand else {"SLURM_JOB_ID": "7"})
+    found = collect(str(folder))
+    assert (found["state"], found["reason"], found["over"]) == (state, reason, over)
+
+
+def test_the_launchers_reason_counts_where_it_judged_the_end(folder: Path) -> None:
+    """Which made the file `stop` itself, as the time was nearly up."""
+    RunFolder(folder).finish(3, "file stop")
+    assert collect(str(folder))["reason"] == "file stop"
+    Journal(folder).note("end", code=3, reason="saved: the time was nearly up", next="chain")
+    found = collect(str(folder))
+    assert (found["state"], found["reason"], found["over"]) == ("stopped", "saved: the time was nearly up", False)
 
 
 def test_logs(folder: Path, capsys) -> None:
