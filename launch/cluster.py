@@ -3,7 +3,7 @@
     cluster = load_cluster("h100_pyxis")            # a preset, or the path of a file
     cluster.tasks_per_node, cluster.container.image
 
-`configs/cluster/h100_pyxis.yaml` has the keys of a GPU cluster with comments.
+`configs/cluster/h100_pyxis.yaml` is the reference: it has every key with a comment.
 """
 
 from __future__ import annotations

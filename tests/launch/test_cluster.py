@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_pipeline.yaml_marks import YamlError
-from launch.cluster import load_cluster
+from launch.cluster import ClusterConfig, load_cluster
+from moe_train.config_file import find_config
 
 
 def write(folder: Path, text: str) -> Path:
@@ -21,6 +23,8 @@ def test_presets() -> None:
     assert pyxis.ranks_per_node == plain.ranks_per_node == 8 and pyxis.container and not plain.container
     assert local.ranks_per_node == 1 and local.gpus_per_node == 0
     assert pyxis.env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    written = yaml.safe_load(find_config("h100_pyxis", "cluster", Path("/")).read_text())
+    assert set(written) == set(ClusterConfig.model_fields)  # the reference
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ how to mend it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,26 @@ def test_the_reference_names_every_key() -> None:
         if section not in ("output_dir", "model"):
             assert set(written[section]) == set(keys), section
     assert "#" in path.read_text()
+
+
+def test_the_reference_tells_the_defaults() -> None:
+    """A key of configs/run/demo.yaml whose value is not the schema's default has that default in its comment."""
+    text = find_config("demo", "run", Path("/")).read_text()
+    given = {"output_dir": "runs/demo", "model": {}, "data": {"mixture": "../data/demo.yaml"}}
+    defaults = yaml.safe_load(RunConfig.model_validate(given).to_yaml()) | {"model": "../model/demo.yaml"}
+
+    def leaves(node: yaml.MappingNode, default: dict) -> Iterator[tuple[str, object, object]]:
+        for key, value in node.value:
+            below = default[key.value]
+            if isinstance(value, yaml.MappingNode) and isinstance(below, dict):
+                yield from leaves(value, below)
+            else:
+                yield text.splitlines()[key.start_mark.line], yaml.safe_load(yaml.serialize(value)), below
+
+    for line, value, default in leaves(yaml.compose(text), defaults):
+        if value != default:
+            told = re.search(r"(\S+) \(default\)|default ([^;:, ]+(?: steps)?)", line)
+            assert told and yaml.safe_load(told[1] or told[2]) == default, (line, default)
 
 
 def test_the_demo_divides_by_2_and_4() -> None:
