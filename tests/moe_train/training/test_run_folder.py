@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -187,3 +189,15 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir .* cannot be written .* choose another"):
         RunFolder(tmp_path / "file" / "run").start("")
+
+
+def test_the_page_tells_every_kind_of_event():
+    root = Path(__file__).parents[3]
+    kinds = {
+        kind
+        for path in (root / "moe_train").rglob("*.py")
+        for kind in re.findall(r"\.event\(\"(\w+)\"", path.read_text(encoding="utf-8"))
+    }
+    page = (root / "docs/architecture.md").read_text(encoding="utf-8").partition("| kind |")[2]
+    told = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`.*?) \|", page)))
+    assert sorted(told) == sorted(kinds)
