@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.target import check_target
 from moe_train.checkpoint.manifest import MANIFEST, MANIFEST_HASH, flush, is_complete
 from moe_train.errors import DamagedError, UserError
 
@@ -113,6 +114,19 @@ def tokenizer_in(path: Path) -> Path | None:
     """The tokenizer that lies in a checkpoint, if one does."""
     found = sorted([*path.glob("*.model"), *path.glob("tokenizer.json")])
     return found[0] if found else None
+
+
+def check_free(path: str | Path) -> Path:
+    """``path`` without links: a new folder, or an empty one that a finished one can take the place of.
+
+    Raises an error with ``exit_code`` 2, one line, for anything else.
+    """
+    target = check_target(path, "the target", folder=True).resolve()
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{path} exists already: choose another folder")
+    if target.is_mount() or target == Path.cwd():
+        raise UserError(f"{path} is in use, and cannot be replaced by the finished folder: name a new one in it")
+    return target
 
 
 def commit(target: Path, writing: Path) -> None:

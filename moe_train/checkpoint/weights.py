@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline.target import check_target
 from moe_train.checkpoint.folder import (
     FORMAT_VERSION,
     RUN_STATE,
     WRITING,
+    check_free,
     read_run_state,
     resolve_checkpoint,
     tokenizer_in,
@@ -144,18 +144,16 @@ def write_entries(
     Raises:
         UserError: ``path`` exists, or cannot be written.
     """
-    path = check_target(path, "the target", folder=True)
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} exists already: choose another folder")
-    writing = path.with_name(path.name + WRITING)
+    target = check_free(path)
+    writing = target.with_name(target.name + WRITING)
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
         _write(writing, config, entries, iter(tensors), tokenizer, extra_state or {})
-        if path.exists():
-            path.rmdir()
-        writing.rename(path)
-        flush(path.parent)
+        if target.exists():
+            target.rmdir()
+        writing.rename(target)
+        flush(target.parent)
     except BaseException as error:
         shutil.rmtree(writing, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:  # not what the source of the tensors may raise

@@ -80,7 +80,6 @@ _COMMON = {
 
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_dropout": (lambda value: not value, "there is no dropout here"),
-    "rope_scaling": (lambda value: value is None, "scaled rotary embeddings are not supported"),
     "quantization_config": (lambda value: value is None, "quantised weights are not converted"),
     "sliding_window": (lambda value: value is None, "attention here sees everything before it"),
 }

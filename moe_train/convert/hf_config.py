@@ -129,21 +129,22 @@ def _with_one_name_each(values: dict[str, Any], family: Family, source: str) -> 
 
 
 def _rope_theta(values: dict[str, Any], family: Family, source: str) -> Any:
-    """theta, from ``rope_parameters`` or ``rope_theta``."""
+    """theta, from ``rope_parameters`` (``rope_scaling``, where it says something, as transformers 4 calls them) or
+    ``rope_theta``."""
     default = family.defaults["rope_theta"]
     given = values.get("rope_theta")
-    parameters = values.get("rope_parameters")
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    parameters = values.get(key)
     if parameters is None:
         return default if given is None else given
-    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: rope_parameters: {as_yaml(parameters)}: only rope_type default is supported")
+    where = f"{source}: {key}: {as_yaml(parameters)}"
+    if not isinstance(parameters, dict) or parameters.get("rope_type", parameters.get("type", "default")) != "default":
+        raise UserError(f"{where}: only rope_type default is supported, no scaled rotary embeddings")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{source}: rope_parameters: {as_yaml(parameters)}: whole heads are turned here, not parts")
+        raise UserError(f"{where}: whole heads are turned here, not parts")
     theta = parameters.get("rope_theta", default if given is None else given)
     if given is not None and given != theta:
-        raise UserError(
-            f"{source}: rope_theta: {as_yaml(given)} contradicts rope_parameters.rope_theta: {as_yaml(theta)}"
-        )
+        raise UserError(f"{source}: rope_theta: {as_yaml(given)} contradicts {key}.rope_theta: {as_yaml(theta)}")
     return theta
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.target import check_target
+from moe_train.checkpoint.folder import check_free
 from moe_train.convert.names import Counterpart, counterparts
 from moe_train.errors import DamagedError, UserError
 
@@ -40,8 +40,7 @@ def from_hf(source: str | Path, out: str | Path) -> int:
     """
     from moe_train.checkpoint.weights import write_weights
 
-    out = Path(out)
-    _check_free(out)
+    check_free(out)
     model = HuggingFaceModel(source)
     tensors = ((name, model.read(name)) for name in _track(model.names, "reading"))
     write_weights(out, model.config, tensors, model.dtypes, tokenizer=model.tokenizer)
@@ -118,15 +117,14 @@ def to_hf(checkpoint: str | Path, out: str | Path, shard_bytes: int | None = Non
     from moe_train.convert.hf_files import SHARD_BYTES, FolderWriter, write_json
     from moe_train.convert.hf_tokenizer import export_tokenizer
 
-    out = Path(out)
-    _check_free(out)
+    place = check_free(out)
     reader = WeightsReader(checkpoint)
     hf_config(reader.config, "", None)  # refuses what cannot be expressed, before hours of reading
     if damage := check_files(reader.path, read_manifest(reader.path)):
         raise DamagedError(f"{reader.path}: {damage}")
     pairs = counterparts(reader.config)
     dtypes = {pair.name: reader.dtype(pair.name) for pair in pairs}
-    with _new_folder(out) as folder:
+    with _new_folder(place) as folder:
         ids, remark = export_tokenizer(reader.tokenizer, folder, reader.config.max_sequence_length)
         dtype = str(dtypes["embedding.weight"]).removeprefix("torch.")
         config = hf_config(reader.config, dtype, ids)
@@ -170,7 +168,8 @@ def _dtypes(reader: FolderReader, pairs: list[Counterpart], source: Path) -> dic
 def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: ModelConfig, source: Path) -> None:
     """Every tensor there has its place here and every parameter here its tensor there, in its shape."""
     wanted = {pair.hf_name: pair.hf_shape for pair in pairs}
-    found = dict(reader.shapes)
+    # Old files hold the rotary frequencies too; transformers takes those of config.json, as is done here.
+    found = {name: shape for name, shape in reader.shapes.items() if not name.endswith(".rotary_emb.inv_freq")}
     if config.tie_embeddings and "lm_head.weight" in found:
         import torch
 
@@ -202,12 +201,6 @@ def _account_for_all(reader: FolderReader, pairs: list[Counterpart], config: Mod
 def _generation_config(config: dict) -> dict:
     known = {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
     return {"_from_model_config": True, **known}
-
-
-def _check_free(out: Path) -> None:
-    """``out`` is a new folder, or an empty one, and can be written."""
-    if check_target(out, "the target", folder=True).exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists already: choose another folder")
 
 
 @contextmanager

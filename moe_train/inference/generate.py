@@ -201,6 +201,10 @@ def _arguments(planned: Plan, prompt: str, max_tokens: int) -> dict[str, Any]:
         raise UserError(
             f"{planned.checkpoint}: has no tokenizer; put its tokenizer.model or tokenizer.json there to generate text"
         )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no text
+        raise UserError("--prompt is not text in UTF-8; correct it") from None
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     model = planned.model

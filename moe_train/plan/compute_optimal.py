@@ -48,17 +48,20 @@ def compute_optimal(
 
     Raises UserError, one line, for anything but exactly one positive budget.
     """
-    report = answer(
-        flops=flops,
-        gpu_hours=gpu_hours,
-        gpu=gpu,
-        mfu=mfu,
-        params=params,
-        tokens=tokens,
-        total_params=total_params,
-        sparsity=sparsity,
-        law=law,
-    )
+    try:
+        report = answer(
+            flops=flops,
+            gpu_hours=gpu_hours,
+            gpu=gpu,
+            mfu=mfu,
+            params=params,
+            tokens=tokens,
+            total_params=total_params,
+            sparsity=sparsity,
+            law=law,
+        )
+    except (OverflowError, ZeroDivisionError):  # of a power law
+        raise UserError("the laws cannot be computed so far out: give what is nearer to what can be trained") from None
     print(json.dumps(report) if as_json else render(report))
 
 

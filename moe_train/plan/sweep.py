@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def sweep(
         for share in shares
         for plan, model in _of_budget(config, flops, share, sizes, middle, folder)
     ]
+    plans = list({plan.name: (plan, model) for plan, model in plans}.values())  # sparsities may have the same experts
     folder.mkdir(parents=True, exist_ok=True)
     for plan, model in plans:
         _write(plan, model, config, folder)
@@ -117,7 +119,7 @@ def _of_budget(
                 " budget, a smaller --around, or a smaller training.global_batch_size in the base run"
             )
         actual = model.mlp.sparsity
-        name = f"c{flops:.2g}-n{format_count(active, 1)}-s{actual:.3g}".replace("+", "")
+        name = f"c{flops:g}-n{format_count(active, 2)}-s{actual:g}".replace("+", "")
         result.append(
             (
                 Planned(
@@ -140,14 +142,18 @@ def _shaped(base: ModelConfig, active: float, sparsity: float | None) -> ModelCo
     """The base's proportions (width to depth, width to heads, width to experts) at the nearest active
     size."""
     widths = range(base.attention.head_dim, 1 << 15, base.attention.head_dim)
-    best = None
-    for width in widths:
-        model = _of_width(base, width, sparsity)
-        distance = abs(math.log(model.num_active_parameters() / active))
-        if best is not None and distance >= best[0]:
-            break
-        best = (distance, model)
-    return best[1]  # type: ignore[index]
+
+    def size(width: int) -> int:
+        return _of_width(base, width, sparsity).num_active_parameters()
+
+    above = bisect_left(widths, active, key=size)
+    if above == len(widths):
+        raise UserError(
+            f"{active:.3g} active parameters are more than a model in the base's proportions can have,"
+            f" {format_count(size(widths[-1]), 2)}: give a smaller budget or --around"
+        )
+    width = min(widths[max(0, above - 1) : above + 1], key=lambda width: abs(math.log(size(width) / active)))
+    return _of_width(base, width, sparsity)
 
 
 def _of_width(base: ModelConfig, width: int, sparsity: float | None) -> ModelConfig:

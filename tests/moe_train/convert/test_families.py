@@ -118,6 +118,20 @@ def test_what_config_json_leaves_out_is_what_transformers_takes():
         assert ours.norm_eps == ours.layer_norm_eps == theirs.rms_norm_eps
 
 
+def test_the_rotary_base_by_all_its_names():
+    import transformers
+
+    for keys in (
+        {"rope_theta": 500.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_scaling": {"type": "default", "rope_theta": 500.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 500.0},
+        {"rope_scaling": {}, "rope_theta": 500.0},
+    ):
+        assert model_config({"model_type": "llama", **SIZES, **keys}, "config.json").rope_theta == 500.0
+        assert transformers.LlamaConfig(**SIZES, **keys).rope_parameters["rope_theta"] == 500.0
+
+
 REFUSED = {
     "llama": {
         "attention_bias": True,

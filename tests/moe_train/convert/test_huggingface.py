@@ -276,6 +276,10 @@ MISTAKES = {
     "contradiction": (_set(moe_num_experts=8), "moe_num_experts: 8 contradicts num_local_experts: 4"),
     "another model": (_set(model_type="gpt2"), "model_type: 'gpt2': what is converted is jetmoe, llama"),
     "scaled rope": (_set(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
+    "rope type, by its old name": (
+        _set(rope_parameters={"type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+        "rope_parameters",
+    ),
     "rope type": (_set(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters"),
     "no bias": (_set(bias=False), "bias: false"),
     "no gate": (_set(glu=False), "glu: false"),
@@ -297,6 +301,15 @@ def test_a_tied_head_that_is_stored_all_the_same(altered, tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     from_hf(altered(copy), tmp_path / "out")
+
+
+def test_rotary_frequencies_of_old_files_are_passed_over(altered, source, tmp_path):
+    def add(tensors, config):
+        tensors["model.layers.1.self_attention.rotary_emb.inv_freq"] = torch.ones(2)
+
+    from_hf(altered(add), tmp_path / "old")
+    from_hf(source, tmp_path / "new")
+    assert (tmp_path / "old" / "manifest.json").read_bytes() == (tmp_path / "new" / "manifest.json").read_bytes()
 
 
 def test_the_authors_names(altered, source, tmp_path):
@@ -340,6 +353,18 @@ def test_nothing_is_overwritten(source, tmp_path):
     assert "exists already" in fails(from_hf, source, tmp_path / "out")
     assert "exists already" in fails(to_hf, source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_the_target_may_be_a_link_and_not_the_folder_one_is_in(source, tmp_path, monkeypatch):
+    for name, convert, given in (("ours", from_hf, source), ("hf", to_hf, tmp_path / "ours")):
+        (tmp_path / f"{name}-elsewhere").mkdir()
+        (tmp_path / name).symlink_to(f"{name}-elsewhere")
+        convert(given, tmp_path / name)
+        assert (tmp_path / name).is_symlink() and any((tmp_path / f"{name}-elsewhere").iterdir())
+        (tmp_path / f"in-{name}").mkdir()
+        monkeypatch.chdir(tmp_path / f"in-{name}")
+        assert ". is in use" in fails(convert, given, ".")
+        assert not list(tmp_path.glob("*.writing"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -131,6 +132,7 @@ def test_generate_refuses(checkpoint, tmp_path, refused):
     assert "--top-p" in refused("generate", checkpoint, "--prompt", "a", "--top-p", "0")
     assert "--temperature" in refused("generate", checkpoint, "--prompt", "a", "--temperature", "nan")
     assert "max_sequence_length is 64" in refused("generate", checkpoint, "--prompt", "word " * 100)
+    assert "--prompt is not text" in refused("generate", checkpoint, "--prompt", os.fsdecode(b"a\xff"))
     bare = write_checkpoint(tmp_path / "bare", small_config(), random_weights(small_config()))
     assert "has no tokenizer" in refused("generate", bare, "--prompt", "a")
     small = small_config(vocab_size=50)

@@ -41,6 +41,13 @@ def test_a_size_or_tokens_are_kept(option: str, capsys) -> None:
     assert all(row[option] == pytest.approx(8e9) for row in report["approaches"].values())
 
 
+@pytest.mark.parametrize("budget", [("--params", "1e300"), ("--tokens", "1e-300")])
+def test_what_no_number_can_hold_is_one_line(budget: tuple[str, str], capsys) -> None:
+    assert main(["plan", "compute-optimal", *budget]) == 2
+    error = capsys.readouterr().err
+    assert "so far out" in error and error.count("\n") == 1
+
+
 def test_sparsity_at_fixed_and_free_total(capsys) -> None:
     report = ask(capsys, "--flops", "1e20", "--total-params", "2B", "--sparsity", "0.8")["sparsity"]
     (fixed,) = report["fixed_total"]

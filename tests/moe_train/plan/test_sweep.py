@@ -51,6 +51,15 @@ def test_a_sparsity_sweep_changes_the_experts_alone(tmp_path: Path, capsys) -> N
     assert runs[0]["total_params"] < runs[1]["total_params"] < runs[2]["total_params"]
 
 
+def test_every_run_has_files_of_its_own(tmp_path: Path, capsys) -> None:
+    """Budgets that are near each other; sparsities that come to the same number of experts."""
+    options = ["--base", "demo", "--around", "1M", "--sizes", "2", "--sparsity", "0.74", "--sparsity", "0.75"]
+    runs = ask(capsys, "1.01e14", "1.04e14", *options, "--out", str(tmp_path / "s"))["runs"]
+    assert len(runs) == 4
+    for run in runs:
+        assert load_run(tmp_path / "s" / run["file"]).total_tokens == run["tokens"]
+
+
 def test_what_a_sweep_trained_can_be_fitted(tmp_path: Path, capsys) -> None:
     """Run folders with metrics as a run leaves them; their losses follow a known law."""
     out = tmp_path / "sweep"
@@ -86,6 +95,7 @@ def test_what_a_sweep_trained_can_be_fitted(tmp_path: Path, capsys) -> None:
         (["1e10"], "fewer than 50"),
         (["1e13", "--sizes", "0"], "--sizes must be 1 or more"),
         (["1e13", "--sparsity", "1"], "a sparsity of 1 is out of range"),
+        (["1e13", "--around", "1e30"], "more than a model in the base's proportions can have"),
         (["1e13", "--around", "0"], "--around must be more than 0"),
     ],
 )
