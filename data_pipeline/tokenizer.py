@@ -97,7 +97,8 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``. A document ends with the first of the usual end tokens that it has."""
+    """A ``tokenizer.json``. A document ends with the first of the usual end tokens that it has, special ones first:
+    others are words, as HTML's ``</s>`` is where ``<eos>`` ends documents."""
 
     END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 
@@ -116,11 +117,11 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         self._model.encode_special_tokens = True  # "</s>" within a text is text, not the end of a document
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        ends = [self._model.token_to_id(token) for token in self.END_TOKENS]
-        known = [end for end in ends if end is not None]
+        special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
+        known = [token for token in self.END_TOKENS if self._model.token_to_id(token) is not None]
         if not known:
             raise DataError(f"tokenizer {path}: has none of the end tokens {', '.join(self.END_TOKENS)}; add one")
-        self.eos_id = known[0]
+        self.eos_id = self._model.token_to_id(min(known, key=lambda token: token not in special))
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

@@ -53,6 +53,18 @@ def test_special_tokens_within_a_text_are_text(tokenizer_json: Path, tmp_path: P
             assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == sample
 
 
+def test_a_word_that_looks_like_an_end_token_ends_no_document(tokenizer_json: Path) -> None:
+    """Gemma's own has HTML's ``</s>``, which is no special token, beside its ``<eos>``."""
+    data = json.loads(tokenizer_json.read_text())
+    html = next(token for token in data["added_tokens"] if token["content"] == "</s>")
+    html["special"] = False
+    data["added_tokens"].append(html | {"id": 300, "content": "<eos>", "special": True})
+    tokenizer_json.write_text(json.dumps(data))
+    tokenizer = load_tokenizer(tokenizer_json)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (300, 301)
+    assert html["id"] in tokenizer.encode("<s>old</s> and <eos>") and 300 not in tokenizer.encode("<s>old</s> and <eos>")
+
+
 def test_one_large_document_is_sampled_too(tmp_path: Path) -> None:
     line = text(0) + "\n"
     for name, document in (("lines", line * 500), ("one line", line.replace("\n", " ") * 500)):
