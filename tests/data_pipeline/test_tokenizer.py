@@ -62,7 +62,8 @@ def test_a_word_that_looks_like_an_end_token_ends_no_document(tokenizer_json: Pa
     tokenizer_json.write_text(json.dumps(data))
     tokenizer = load_tokenizer(tokenizer_json)
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (300, 301)
-    assert html["id"] in tokenizer.encode("<s>old</s> and <eos>") and 300 not in tokenizer.encode("<s>old</s> and <eos>")
+    ids = tokenizer.encode("<s>old</s> and <eos>")
+    assert html["id"] in ids and tokenizer.eos_id not in ids
 
 
 def test_one_large_document_is_sampled_too(tmp_path: Path) -> None:
