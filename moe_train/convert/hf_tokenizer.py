@@ -1,13 +1,14 @@
 """A checkpoint's tokenizer in the form that transformers' AutoTokenizer loads.
 
-A sentencepiece BPE model without normalisation becomes a ``tokenizer.json`` that gives the same ids
-(transformers' own conversion drops the space that sentencepiece puts before a text that begins with one).
-Any other sentencepiece model is copied, and left to transformers' Llama tokenizer.
+A sentencepiece model becomes a ``tokenizer.json`` that gives the same ids, but for rare sequences of characters
+where it normalises texts (transformers' own conversion takes every model for BPE, and drops the space that
+sentencepiece puts before a text that begins with one). A model of whole words is copied, and left to transformers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ NAMES = ("tokenizer.model", "tokenizer.json")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Kinds of pieces in a sentencepiece model."""
 
-BPE = 2
-"""The kind of sentencepiece model."""
+UNIGRAM, BPE, CHAR = 1, 2, 4
+"""Kinds of sentencepiece models."""
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -47,9 +48,11 @@ def export_tokenizer(path: Path | None, out: Path, max_length: int) -> tuple[dic
         shutil.copyfile(path, out / "tokenizer.model")
         model = _SentencePiece(path)
         ids, tokens = model.special_tokens()
-        if model.is_plain_bpe:
+        if model.is_known:
             (out / "tokenizer.json").write_text(model.as_tokenizer_json(), encoding="utf-8")
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            if model.model.normalizer_spec.precompiled_charsmap:
+                remark = "the tokenizer normalises texts: in transformers rare characters may get other ids"
         else:
             config |= {
                 "tokenizer_class": "LlamaTokenizer",
@@ -57,7 +60,7 @@ def export_tokenizer(path: Path | None, out: Path, max_length: int) -> tuple[dic
                 "add_bos_token": False,
                 "add_eos_token": False,
             }
-            remark = "the tokenizer is not a plain BPE model: transformers' conversion of it may differ in details"
+            remark = "transformers has no tokenizer of this kind: what it makes of tokenizer.model gives other ids"
     write_json(out / "tokenizer_config.json", config | tokens)
     write_json(out / "special_tokens_map.json", tokens)
     return ids, remark
@@ -83,14 +86,12 @@ class _SentencePiece:
         self.model.ParseFromString(path.read_bytes())
 
     @property
-    def is_plain_bpe(self) -> bool:
-        """BPE over the text as it is: what ``tokenizers`` computes in the same way."""
-        trainer, normalizer = self.model.trainer_spec, self.model.normalizer_spec
+    def is_known(self) -> bool:
+        """Whether ``tokenizers`` has what computes it."""
+        trainer = self.model.trainer_spec
         return (
-            trainer.model_type == BPE
-            and not normalizer.precompiled_charsmap
-            and not normalizer.remove_extra_whitespaces
-            and normalizer.escape_whitespaces
+            trainer.model_type in (UNIGRAM, BPE, CHAR)
+            and self.model.normalizer_spec.escape_whitespaces
             and not trainer.treat_whitespace_as_suffix
         )
 
@@ -113,31 +114,40 @@ class _SentencePiece:
 
     def as_tokenizer_json(self) -> str:
         """The same tokenizer as a ``tokenizer.json``."""
-        from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-        from tokenizers.models import BPE as FastBPE
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
         pieces = self.model.pieces
-        spec, prefix = self.model.trainer_spec, self.model.normalizer_spec.add_dummy_prefix
-        vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
-        tokenizer = Tokenizer(
-            FastBPE(
-                vocab=vocabulary,
-                merges=self._merges(vocabulary),
-                unk_token=pieces[spec.unk_id].piece,
-                fuse_unk=True,
-                byte_fallback=spec.byte_fallback,
+        spec, normalizer = self.model.trainer_spec, self.model.normalizer_spec
+        user_defined = sorted((piece.piece for piece in pieces if piece.type == USER_DEFINED), key=len, reverse=True)
+        if spec.model_type == UNIGRAM:
+            scores = [(piece.piece, piece.score) for piece in pieces]
+            tokenizer = Tokenizer(models.Unigram(scores, spec.unk_id, spec.byte_fallback))
+        else:
+            vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
+            tokenizer = Tokenizer(
+                models.BPE(
+                    vocab=vocabulary,
+                    merges=self._merges(vocabulary),
+                    unk_token=pieces[spec.unk_id].piece,
+                    fuse_unk=True,
+                    byte_fallback=spec.byte_fallback,
+                    ignore_merges=bool(user_defined),  # which none makes
+                )
             )
-        )
-        space = normalizers.Replace(" ", "▁")
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space] if prefix else [space])
+        steps = [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
+        if normalizer.remove_extra_whitespaces:
+            steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+        steps += [normalizers.Prepend("▁")] if normalizer.add_dummy_prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        if user_defined:  # found before anything else, the longest first
+            symbols = Regex("|".join(re.escape(symbol) for symbol in user_defined))
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(symbols, "isolated")
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-        for kinds, add in (
-            ((UNKNOWN, CONTROL), tokenizer.add_special_tokens),
-            ((USER_DEFINED,), tokenizer.add_tokens),
-        ):
-            chosen = [piece.piece for piece in pieces if piece.type in kinds]
-            add([AddedToken(piece, normalized=False, special=UNKNOWN in kinds) for piece in chosen])
+        tokenizer.decoder = decoders.Sequence(
+            [*steps, decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else steps
+        )
+        special = [piece.piece for piece in pieces if piece.type in (UNKNOWN, CONTROL)]
+        tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
         return tokenizer.to_str()
 
     def _merges(self, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from moe_train.convert.names import counterparts
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import MixtureOfAttentionConfig, MixtureOfMLPConfig
 from tests import reference_jetmoe as reference
-from tests.small_checkpoint import random_weights, small_config, write_checkpoint, write_tokenizer
+from tests.small_checkpoint import TEXT, random_weights, small_config, write_checkpoint, write_tokenizer
 
 CONFIGS = {
     "tied": small_config(),
@@ -197,6 +197,40 @@ def test_the_exported_tokenizer_gives_the_same_ids(tmp_path, capsys):
     assert theirs.eos_token_id == ours.eos_id == generation["eos_token_id"] == 2
     from_hf(tmp_path / "hf", tmp_path / "again")
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "vocab_size": 340},
+        {"model_type": "char", "byte_fallback": False},
+        {"model_type": "bpe", "user_defined_symbols": ["<sep>", "<sep>>", "\t"]},
+        {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    ],
+    ids=["unigram", "characters", "symbols of its own", "normalised"],
+)
+def test_tokenizers_of_every_kind_give_the_same_ids(tmp_path, options):
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    from data_pipeline.tokenizer import load_tokenizer
+    from moe_train.convert.hf_tokenizer import export_tokenizer
+
+    plain = dict(vocab_size=320, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    lines = TEXT.splitlines() * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "tokenizer"),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{**plain, **options},
+    )
+    (tmp_path / "hf").mkdir()
+    _, remark = export_tokenizer(tmp_path / "tokenizer.model", tmp_path / "hf", 64)
+    assert (remark is not None) == ("normalization_rule_name" in options)
+    ours, theirs = load_tokenizer(tmp_path / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (*lines[:5], "<sep>of<sep>>", " <sep> \t\n  two  spaces ", "", " ", "ﬁne ½ Ａ schöne ☃ 漢字 12"):
+        assert theirs(text)["input_ids"] == ours.encode(text), text
 
 
 def test_a_training_run_exports_its_weights(tmp_path):
