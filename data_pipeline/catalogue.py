@@ -5,9 +5,10 @@ manifest says; good as long as sizes and modification times (etags, on an object
 ``$MOE_TRAIN_CACHE`` (default: ``~/.cache/moe-train``), one file a source; a cache that cannot be read or written is
 done without.
 
-Hashing terabytes would keep a job waiting. So each start hashes at most `verify_bytes()` of what is not known yet, in
-the order of the shards, and remembers it: small corpora are checked whole, large ones bit by bit over several
-starts. Processes of one node that start together do it once: the first holds a lock, the others wait for it.
+Hashing terabytes would keep a job waiting. So each start hashes at most `verify_bytes()` of what is not known yet, of
+all sources together in the order of their shards, and remembers it: small corpora are checked whole, large ones shard
+by shard over several starts. Processes of one node that start together do it once: the first holds a lock, the others
+wait for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +58,20 @@ def cache_folder() -> Path:
 def stamp(prefix: str) -> list[int | str]:
     """Size and version (modification time or etag) of a shard's two files. Raises DataError when one is missing."""
     return [value for end in (".bin", ".idx") for value in storage.facts(prefix + end)]
+
+
+class Allowance:
+    """What one start may still hash. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._left, self._lock = verify_bytes(), threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Whether `size` bytes are left; then they are no longer."""
+        with self._lock:
+            enough = size <= self._left
+            self._left -= size if enough else 0
+            return enough
 
 
 class Catalogue:
@@ -100,20 +116,18 @@ class Catalogue:
         except OSError:
             partial.unlink(missing_ok=True)
 
-    def verify(self, expected: dict[str, str]) -> None:
-        """Hash the .bin files of prefixes (to the xxh3-128 of each) that are not known to be whole.
+    def verify(self, expected: dict[str, str], allowance: Allowance) -> None:
+        """Hash the .bin files of prefixes (to the xxh3-128 of each) that are not known to be whole, as far as the
+        start's `allowance` goes; of a small source that is no matter of the others.
 
         Raises DamagedDataError for one that is not what its manifest says.
         """
         waiting = [prefix for prefix in expected if self.entries[prefix]["verified"] != expected[prefix]]
         if not waiting or time.time() - self.hashed_at < _TOGETHER_SECONDS:
             return
-        chosen, left = [], verify_bytes()
-        for prefix in waiting:
-            left -= self.entries[prefix]["stamp"][0]
-            if left < 0:
-                break
-            chosen.append(prefix)
+        sizes = {prefix: self.entries[prefix]["stamp"][0] for prefix in waiting}
+        allowance = Allowance() if sum(sizes.values()) < _WORTH_BYTES else allowance
+        chosen = [prefix for prefix in waiting if allowance.take(sizes[prefix])]
         with ThreadPoolExecutor(_THREADS) as threads:  # hashing and reading both let go of the interpreter
             for prefix, found in zip(chosen, threads.map(_hash, chosen), strict=True):
                 if found != expected[prefix]:

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import order, storage
-from data_pipeline.catalogue import Catalogue, catalogue_of, stamp
+from data_pipeline.catalogue import Allowance, Catalogue, catalogue_of, stamp
 from data_pipeline.errors import DamagedDataError, DataError
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.mixture import MixtureConfig
@@ -158,10 +158,12 @@ def open_sources(mixture: MixtureConfig, vocab_size: int | None = None) -> dict[
 
         vocab_size = load_tokenizer(mixture.tokenizer).vocab_size
     tokenizer = mixture.tokenizer_fingerprint()
-    names = list(mixture.sources)
+    names, allowance = list(mixture.sources), Allowance()
     storage.forget()
     remote = any(storage.is_remote(path) for source in mixture.sources.values() for path in source.paths)
-    opened = _together(lambda name: _open_source(mixture, name, vocab_size, tokenizer), names, 1 if remote else None)
+    opened = _together(
+        lambda name: _open_source(mixture, name, vocab_size, tokenizer, allowance), names, 1 if remote else None
+    )
     return dict(zip(names, opened, strict=True))
 
 
@@ -182,7 +184,9 @@ class _Opened(NamedTuple):
     known: dict[str, Any]
 
 
-def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, tokenizer: str | None) -> Source:
+def _open_source(
+    mixture: MixtureConfig, name: str, vocab_size: int | None, tokenizer: str | None, allowance: Allowance
+) -> Source:
     shards, digest, hashes = [], xxhash.xxh3_128(), {}
     try:
         prefixes, manifests = mixture.shards(name), Manifests()
@@ -202,7 +206,7 @@ def _open_source(mixture: MixtureConfig, name: str, vocab_size: int | None, toke
                 digest.update(opened.known["fingerprint"].encode())
                 if opened.shard.num_tokens:
                     shards.append(opened.shard)
-            catalogue.verify(hashes)
+            catalogue.verify(hashes, allowance)
     except DataError as error:
         if str(error).startswith("source "):
             raise

@@ -127,9 +127,32 @@ def test_content_is_hashed_once_and_again_when_a_file_changes(
     monkeypatch.setattr(catalogue, "_hash", lambda prefix: hashed.append(prefix) or original(prefix))
     monkeypatch.setattr(catalogue, "_TOGETHER_SECONDS", 0.0)
     shards = len(list((tmp_path / "c").glob("*.bin")))
-    monkeypatch.setenv("MOE_TRAIN_VERIFY_BYTES", "5K")  # one shard a start, or a short one besides
+    monkeypatch.setenv("MOE_TRAIN_VERIFY_BYTES", "4K")  # one shard a start
     counts = [len(sources.open_sources(mixture(tmp_path / "c"))) and len(hashed) for _ in range(shards + 2)]
     assert counts[:2] == [1, 2] and counts[-1] == len(set(hashed)) == shards
     os.utime(tmp_path / "c" / "web-00000.bin")
     sources.open_sources(mixture(tmp_path / "c"))
     assert hashed[-1].endswith("web-00000") and len(hashed) == shards + 1
+
+
+def test_a_start_hashes_no_more_however_many_sources_there_are(
+    cache: Path, tmp_path: Path, corpus: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, hashed = ["a", "b", "c"], []
+    for name in names:
+        write(tmp_path / name, corpus)
+    paths = {name: {"paths": [str(tmp_path / name / "*.bin")]} for name in names}
+    phases = [{"name": "all", "tokens": 3200, "weights": dict.fromkeys(names, 1)}]
+    config = MixtureConfig(sequence_length=32, seed=0, sources=paths, phases=phases)
+    sizes = [len(data) for name, data in sorted(corpus.items()) if name.endswith(".bin")]
+    original = catalogue._hash
+    monkeypatch.setattr(catalogue, "_hash", lambda prefix: hashed.append(prefix) or original(prefix))
+    monkeypatch.setattr(catalogue, "_WORTH_BYTES", 0)  # none is small
+    monkeypatch.setenv("MOE_TRAIN_VERIFY_BYTES", str(sum(sizes) + sizes[0]))
+    for _ in range(2):  # that come together, as the ranks of a node do
+        sources.open_sources(config)
+        assert len(hashed) == len(sizes) + 1
+    monkeypatch.setattr(catalogue, "_TOGETHER_SECONDS", 0.0)
+    for _ in range(3):
+        sources.open_sources(config)
+    assert len(hashed) == len(set(hashed)) == 3 * len(sizes)
