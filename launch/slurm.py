@@ -82,7 +82,7 @@ def _record(job: Job, name: str, link: int) -> dict[str, object]:
         "nodes": job.nodes,
         "ranks": job.ranks,
         "seconds": job.seconds,
-        "total_tokens": job.config.total_tokens,
+        "total_tokens": job.config.end(),
         "dollars_per_hour": None
         if cluster.dollars_per_gpu_hour is None
         else cluster.dollars_per_gpu_hour * (job.nodes + job.spares) * cluster.priced_units_per_node,

@@ -55,7 +55,7 @@ def collect(run_dir: str) -> dict[str, Any]:
     launcher = journal.launcher()
     state, reason = _state(over, live, ended, starts, outcome, folder, launcher)
     job = next((job for job, (name, _) in live.items() if name == "RUNNING"), newest)
-    total = _total_tokens(folder, jobs)
+    total = _total_tokens(folder, jobs, last)
     rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     rate = median(rates) if rates else None
     price = next((record.get("dollars_per_hour") for record in reversed(jobs)), None)
@@ -201,12 +201,12 @@ def _dollars(starts: list[dict], jobs: list[dict], folder: RunFolder, state: str
     return total
 
 
-def _total_tokens(folder: RunFolder, jobs: list[dict]) -> int | None:
-    """By the mixture as it is now (it may have been lengthened), else as it was submitted."""
+def _total_tokens(folder: RunFolder, jobs: list[dict], last: dict) -> int | None:
+    """Where it is complete: by the mixture as it is now (it may have been lengthened), else as it was submitted."""
     from moe_train.config import load_resolved
 
     try:
-        return load_resolved(folder.config_path).total_tokens
+        return load_resolved(folder.config_path).end(last.get("step", 0), last.get("tokens", 0))
     except Exception as error:  # its files may be gone, or of another machine
         if not isinstance(getattr(error, "exit_code", None), int):
             raise

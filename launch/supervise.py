@@ -147,7 +147,7 @@ class Supervisor:
         if self.cluster and self.cluster.dollars_per_gpu_hour is not None:
             hourly = self.cluster.dollars_per_gpu_hour * self.cluster.priced_units_per_node * self.hosts
         process = {"launch": self.launch, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
-        record = {"time": now(), "job": None, **process, "nodes": self.hosts, "total_tokens": self.config.total_tokens}
+        record = {"time": now(), "job": None, **process, "nodes": self.hosts, "total_tokens": self.config.end()}
         self.journal.submitted({**record, "dollars_per_hour": hourly})
 
     def _note_end(self, restart: int, code: int, reason: str, following: str) -> None:

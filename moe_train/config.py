@@ -100,6 +100,12 @@ class RunConfig(Section):
         says."""
         return sum(phase.tokens for phase in self.mixture.phases)
 
+    def end(self, step: int = 0, tokens: int = 0) -> int:
+        """Tokens seen when the run is complete that stands at `step` and `tokens`: no whole batch is left, or
+        `training.max_steps` is reached."""
+        length = self.mixture.sequence_length
+        return self.training.end(self.mixture.num_samples, length, step, tokens // length)[1] * length
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one full global batch."""

@@ -72,6 +72,13 @@ def test_everything_is_told(folder: Path, capsys) -> None:
         assert words in text, text
 
 
+def test_a_run_with_max_steps_ends_there(folder: Path) -> None:
+    config = RunFolder(folder).config_path
+    config.write_text(config.read_text().replace("max_steps: null", "max_steps: 20"))
+    found = collect(str(folder))
+    assert found["total_tokens"] == 20 * 64 and found["seconds_to_go"] == 10 * 64 / 16
+
+
 def test_a_start_after_the_end_is_no_restart(tmp_path: Path) -> None:
     """Of a run whose mixture was lengthened, or that somebody started again for nothing."""
     journal = Journal(tmp_path)
