@@ -18,6 +18,7 @@ from data_pipeline.filters import Filter, lookup
 from data_pipeline.storage import matches
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", *columnar.ENDINGS)
+_PACKED = (".gz", ".zst", ".parquet")
 
 INVALID_UTF8 = "invalid UTF-8"
 MALFORMED = "malformed line"
@@ -100,6 +101,11 @@ def _files_in(folder: str) -> Iterator[str]:
 def _is_input(name: str) -> bool:
     # beside its data, `datasets` leaves what its own map and filter computed as cache-*.arrow
     return name.endswith(ENDINGS) and not (name.startswith("cache-") and name.endswith(".arrow"))
+
+
+def unpacked_bytes(files: Iterable[str]) -> int:
+    """How much `files` hold, about: what is packed comes to four times its size."""
+    return sum(os.path.getsize(file) * (4 if file.endswith(_PACKED) else 1) for file in files)
 
 
 class RawReader:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.assemble import Corpus, SplitReport, existing, unigram_entropy
-from data_pipeline.documents import RawReader, find_inputs
+from data_pipeline.documents import RawReader, find_inputs, unpacked_bytes
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.filters import parse_filters
@@ -197,9 +197,7 @@ def _identities(files: Sequence[str]) -> list[list[Any]]:
 
 def _buckets(files: Sequence[str]) -> int:
     """A power of two, from the inputs alone."""
-    packed = (".gz", ".zst", ".parquet")
-    size = sum(os.path.getsize(file) * (4 if file.endswith(packed) else 1) for file in files)
-    return min(_MOST_BUCKETS, 1 << max(0, -(-size // BUCKET_BYTES) - 1).bit_length())
+    return min(_MOST_BUCKETS, 1 << max(0, -(-unpacked_bytes(files) // BUCKET_BYTES) - 1).bit_length())
 
 
 def _fill(

@@ -152,7 +152,7 @@ def train_tokenizer(
     from (about `sample_bytes` in all, each in pieces of at most `PIECE_CHARACTERS`) drawn with a fixed seed.
 
     Args:
-        inputs: files, folders or patterns of .txt, .jsonl and .jsonl.gz, as `prepare` takes them.
+        inputs: files, folders or patterns, as `prepare` takes them.
         vocab_size: the number of ids, the 256 bytes and 3 special ones included.
 
     Raises DataError: `out` is there already or cannot be written; no text, or too little of it for `vocab_size`.
@@ -204,10 +204,10 @@ def train_tokenizer(
 
 
 def _pieces(inputs: Iterable[str | os.PathLike[str]], text_key: str, sample_bytes: int) -> Iterator[str]:
-    from data_pipeline.documents import find_inputs, read_documents
+    from data_pipeline.documents import find_inputs, read_documents, unpacked_bytes
 
     files = find_inputs(inputs)
-    share = sample_bytes / max(1, sum(os.path.getsize(file) for file in files))
+    share = sample_bytes / max(1, unpacked_bytes(files))
     draw, some = random.Random(0), False
     for document in read_documents(files, text_key):
         if document.text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from data_pipeline.indexed import IndexedReader
 from data_pipeline.prepare import prepare
-from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+from data_pipeline.tokenizer import _pieces, load_tokenizer, train_tokenizer
 from tests.data_pipeline.corpora import text
 
 
@@ -75,6 +76,15 @@ def test_one_large_document_is_sampled_too(tmp_path: Path) -> None:
             out = tmp_path / f"{name}{salt}"
             tokenizer = train_tokenizer([path], out, 300, sample_bytes=len(document) // 8)
             assert tokenizer.vocab_size == 300
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_more_is_learned_from_because_it_is_packed(tmp_path: Path, packed: bool) -> None:
+    data = "".join(json.dumps({"text": text(seed)}) + "\n" for seed in range(400)).encode()
+    path = tmp_path / ("raw.jsonl.gz" if packed else "raw.jsonl")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    sample = sum(map(len, _pieces([path], "text", len(data) // 10)))
+    assert len(data) / 20 < sample < len(data) / 5
 
 
 def test_a_long_line_of_wide_characters_is_learned_from(tmp_path: Path) -> None:
