@@ -116,4 +116,5 @@ def _checkpoints_of(run: str | Path) -> Path:
     for folder in (Path(run) / "checkpoints", Path(run)):
         if checkpoints(folder):
             return folder
-    raise UserError(f"{run} holds no checkpoints: give a run's folder")
+    aside = ", ".join(sorted(path.name for path in Path(run, "checkpoints").glob("iter_*.*")))
+    raise UserError(f"{run} holds no checkpoints" + (f"; set aside are {aside}" if aside else ": give a run's folder"))

@@ -98,6 +98,8 @@ def give_up_later(folder: Path, path: Path, topology: Topology | None = None) ->
         if step_of(each) > step or (step_of(each) == step and not _same(each, path)):
             aside = set_aside(each, SUPERSEDED)
             warn(f"{each} is of a part of the run that is given up; set aside as {aside.name}")
+        elif each.samefile(path):
+            _remember(each)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -272,7 +274,7 @@ def _fetch(mirror: Mirror, folder: Path) -> Path | None:
 
 
 def _remember(path: Path) -> None:
-    """Note what was found out: the checkpoint is whole and the newest one."""
+    """Note what was found out: the checkpoint is whole, and the newest one that counts."""
     mark_verified(path)
     try:
         point_to(path)

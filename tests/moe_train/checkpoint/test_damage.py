@@ -13,6 +13,7 @@ from moe_train import cli
 from moe_train.checkpoint.folder import POINTER
 from moe_train.checkpoint.inspect import verify
 from moe_train.checkpoint.load import find_checkpoint, give_up_later
+from moe_train.checkpoint.retention import is_verified
 from moe_train.errors import DamagedError, HardwareError, UserError
 from tests.moe_train.checkpoint.conftest import add_checkpoint
 
@@ -143,6 +144,8 @@ def test_an_earlier_one_by_its_path_gives_up_the_later_ones(run, tmp_path, capsy
         "iter_0000200.superseded",
         "iter_0000300.superseded",
     ]
+    if not kept:
+        assert is_verified(path) and (folder / "latest_checkpointed_iteration.txt").read_text() == "100\n"
     add_checkpoint(folder, 150)
     assert find_checkpoint(folder) == folder / "iter_0000150"
 

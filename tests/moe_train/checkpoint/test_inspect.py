@@ -72,7 +72,8 @@ def test_what_goes_while_it_is_verified_is_not_damaged(run, capsys, monkeypatch)
 def test_nothing_to_list(tmp_path) -> None:
     with pytest.raises(UserError, match="holds no checkpoints"):
         list_checkpoints(tmp_path)
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    (tmp_path / "checkpoints" / "iter_0000008.damaged").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoints; set aside are iter_0000008.damaged"):
         verify(tmp_path, every=True)
 
 
