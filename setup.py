@@ -70,7 +70,7 @@ setup(
         "moe_train.configs",
     ],
     package_dir={"moe_train.configs": "configs"},
-    package_data={"moe_train.configs": ["*/*.yaml"], "launch": ["*.sbatch", "*.j2", "templates/*"]},
+    package_data={"moe_train.configs": ["*/*.yaml"], "launch": ["*.sbatch"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moe-train = moe_train.cli:main"]},

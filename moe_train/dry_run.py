@@ -94,8 +94,8 @@ def _steps(config: RunConfig) -> str:
     unlimited = training.model_copy(update={"max_steps": None})
     steps, _ = unlimited.end(mixture.num_samples, mixture.sequence_length)
     if training.max_steps is not None and training.max_steps < steps:
-        return f"{steps} steps, stopped after {training.max_steps} (training.max_steps)"
-    return f"{steps} steps"
+        return f"{steps:,} steps, stopped after {training.max_steps:,} (training.max_steps)"
+    return f"{steps:,} steps"
 
 
 def _launched_processes() -> int | None:

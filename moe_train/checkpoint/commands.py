@@ -18,7 +18,9 @@ app = typer.Typer(
 
 Checkpoint = Annotated[
     str,
-    typer.Argument(metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), or what convert wrote."),
+    typer.Argument(
+        metavar="CHECKPOINT", help="An iter_* folder, a run's folder (its latest), RUN_DIR@STEP, or what convert wrote."
+    ),
 ]
 
 
