@@ -50,7 +50,9 @@ def slurm(
 def local(
     run: RunFile,
     overrides: Overrides = (),
-    nproc: Annotated[Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start.")] = None,
+    nproc: Annotated[
+        Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes; else one a GPU, or one.")
+    ] = None,
     max_restarts: Annotated[
         Optional[int],
         typer.Option(min=0, metavar="K", help="Restarts after failures without a new checkpoint between them."),

@@ -49,7 +49,12 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(launch_app, name="launch")
 
 Nproc = Annotated[
-    Optional[int], typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")
+    Optional[int],
+    typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine; else one a GPU, or one."),
+]
+NprocOfLayout = Annotated[
+    Optional[int],
+    typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine; else the fewest the layout takes."),
 ]
 
 
@@ -255,7 +260,7 @@ def score(
     ids: Annotated[str, typer.Option(metavar="IDS.npy", help="Token ids, whole numbers [batch, sequence].")],
     out: Annotated[str, typer.Option(metavar="NLL.npz", help="Write the array nll, float32 [batch, sequence - 1].")],
     overrides: Overrides = (),
-    nproc: Nproc = None,
+    nproc: NprocOfLayout = None,
 ) -> Optional[int]:
     """Write the negative log-likelihood of each token.
 
@@ -289,7 +294,7 @@ def generate(
         ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same text.")] = 0,
-    nproc: Nproc = None,
+    nproc: NprocOfLayout = None,
 ) -> Optional[int]:
     """Sample a continuation of a text.
 

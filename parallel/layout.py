@@ -156,10 +156,8 @@ class _Problem:
         ranks = self.tensor * self.data
         if ranks % self.expert:
             product = f"tensor {self.tensor} x data {self.data} = {ranks}"
-            return (
-                "expert",
-                f"parallel.expert {self.expert} does not divide {product} ({self.world} processes)",
-            )
+            world = f"{self.world} process{'es' * (self.world > 1)}"
+            return "expert", f"parallel.expert {self.expert} does not divide {product} ({world})"
         return None
 
     def _violation_of_batch(self) -> tuple[str, str] | None:
