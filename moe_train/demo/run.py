@@ -75,7 +75,7 @@ def run_demo(tokens: int | None = None, more: int | None = None) -> int:
         _moe_train(console, "generate", str(run), "--prompt", PROMPT, "--max-tokens", "120", "--temperature", "0.7")
     console.print(
         "\nGo on with it:  make demo MORE=500K  (or: python -m moe_train.demo --more 500K)"
-        f"\nWhat it feeds:  moe-train mix {RUN_FILE}\nStart again:    remove {run}",
+        f"\nWhat it feeds:  moe-train mix {run}\nStart again:    remove {run}",
         highlight=False,
     )
     return 0
