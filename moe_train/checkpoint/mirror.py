@@ -93,8 +93,9 @@ class Mirror:
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(posixpath.join(self._root, RUN), f"{self._run}\n".encode())
         there, entries = self._at(path.name), read_manifest(path)
-        if self._files.exists(there):  # half a copy of an earlier start, or one of a part that was computed again
-            self._files.rm(there, recursive=True)
+        for name in self.copies():  # half a copy, whose room this one may need, or one of a part that is computed again
+            if name == path.name or not self._is_whole(name):
+                self._files.rm(self._at(name), recursive=True)
         self._files.makedirs(there, exist_ok=True)
         for name in (*entries, MANIFEST):
             self._files.put_file(str(path / name), posixpath.join(there, name))

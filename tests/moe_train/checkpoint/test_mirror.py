@@ -75,6 +75,17 @@ def test_half_a_copy_is_none(run, mirror) -> None:
     assert find_checkpoint(folder, mirror=mirror).name == "iter_0000200"
 
 
+def test_half_a_copy_keeps_no_later_one_from_its_room(run, mirror) -> None:
+    folder = run / "checkpoints"
+    mirror.push(folder / "iter_0000100")
+    (folder / "iter_0000200" / "run_state.json").unlink()  # what else ends a copy half way: a full disk
+    (folder / "iter_0000300" / "__0_0.distcp").unlink()
+    for step, left in ((200, [100, 200]), (300, [100, 300])):
+        with pytest.raises(OSError):
+            mirror.push(folder / f"iter_0000{step}")
+        assert mirror.copies() == [f"iter_0000{each}" for each in left]
+
+
 def test_a_damaged_copy_is_passed_over(run, mirror, capsys) -> None:
     folder = run / "checkpoints"
     for step in (200, 300):
