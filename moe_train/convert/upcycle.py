@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.yaml_marks import Document, Mark, explain
+from data_pipeline.yaml_marks import Document, Mark, explain, parse_yaml
 from moe_train.errors import DamagedError, UserError
 from moe_train.model.config import MixtureOfMLPConfig, ModelConfig
 
@@ -131,13 +131,14 @@ def mixture_config(dense: ModelConfig, source: str, experts: int, top_k: int, ro
 
 
 def read_router_keys(texts: list[str]) -> dict[str, Any]:
-    """``["normalize_logits=true"]`` -> ``{"normalize_logits": True}``, values as in YAML."""
-    import yaml
-
+    """``["normalize_logits=true"]`` -> ``{"normalize_logits": True}``, values as in a run file."""
+    keys = {}
     for text in texts:
-        if "=" not in text:
+        key, equals, value = text.partition("=")
+        if not equals:
             raise UserError(f"--router {text}: write KEY=VALUE, such as normalize_logits=true")
-    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
+        keys[key] = parse_yaml(value, f"--router {text}", lines=False).data
+    return keys
 
 
 class _Maker:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.errors import DataError
 from moe_train.checkpoint.weights import Entry, WeightsReader, write_entries, write_weights
 from moe_train.convert.upcycle import read_router_keys, upcycle
 from moe_train.errors import UserError
@@ -163,6 +164,13 @@ def test_what_does_not_fit_is_told_in_a_line(dense, tmp_path, arguments, message
         upcycle(dense, tmp_path / "out", **{"experts": 4, "top_k": 2, **arguments})
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_keys_of_the_router_are_read_as_in_a_run_file():
+    assert read_router_keys(["bias=true", "z_coef=1e-3"]) == {"bias": True, "z_coef": 0.001}
+    with pytest.raises(DataError, match="--router bias={: is not valid YAML") as caught:
+        read_router_keys(["bias={"])
+    assert caught.value.exit_code == 2
 
 
 def test_a_mixture_is_not_upcycled_again(tmp_path):
