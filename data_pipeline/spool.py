@@ -5,7 +5,8 @@ whole corpus: an external shuffle of bounded memory. One that came out larger th
 quarter of a terabyte, inputs that unpack to more than was thought) is split by the next bits of the keys when it is
 emptied, and again if need be. ``PREFIX.partial/`` holds for each bucket its tokens and one
 record a document, and ``state.json``: how long every file was, and the last document that went in, when all of
-it was last flushed to disk. After a kill the files are cut to those lengths and the input goes on from there.
+it was last flushed to disk. After a kill the files are cut to those lengths and the input goes on from there; where the
+file that was being read is another one now, from before it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Spool:
 
     Args:
         folder: ``PREFIX.partial``.
-        settings: all that the result depends on; a folder of others is refused, or removed with `discard`.
+        settings: all that the result depends on; a folder of others is refused, or removed with `discard`. Of
+            ``inputs`` among them, [path, ...] of each file, the one that was being read may have been mended, and those
+            after it changed.
         seed: of the shuffle; None keeps the order of the input (one bucket).
         by_content: order by a hash of the text, not of the number, so that equal texts meet.
 
@@ -76,9 +79,10 @@ class Spool:
         self.examples: list[str] = []
         self.after: tuple[str, int] | None = None
         self.complete = False
-        self._lengths = [[0, 0] for _ in range(self.buckets)]  # bytes of tokens and of records on disk
-        self._buffers: list[tuple[list[bytes], list[bytes]]] = [([], []) for _ in range(self.buckets)]
+        self._lengths = [[0, 0] for _ in range(self.buckets)]  # bytes of tokens and of records, with those held
+        self._buffers: list[tuple[list[bytes], list[bytes]]] = []
         self._held = 0
+        self._before = self._progress()  # before the first block that ended in the file that is being read
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
         try:
@@ -95,29 +99,53 @@ class Spool:
 
     def _open(self, discard: bool) -> None:
         state = self._read_state()
-        if state is not None and state["settings"] != self._settings:
-            if not discard:
-                changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
-                raise DataError(
-                    f"{self.folder}: holds an unfinished corpus of other {' and '.join(changed) or 'settings'}; "
-                    "go on with those, or start again with --overwrite"
-                )
-            state = None
-        if state is None:
+        known = None if state is None else self._known(state)
+        if state is not None and known is None and not discard:
+            changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
+            raise DataError(
+                f"{self.folder}: holds an unfinished corpus of other {' and '.join(changed) or 'settings'}; "
+                "go on with those, or start again with --overwrite"
+            )
+        if known is None:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
-            return
-        self.documents, self.tokens, self.filtered = state["documents"], state["tokens"], state["filtered"]
-        self.bad, self.examples = Counter(state["bad"]), state["examples"]
-        self.after = tuple(state["after"]) if state["after"] else None
-        self.complete, self._lengths = state["complete"], state["lengths"]
-        for bucket in range(self.buckets):
-            for path, size in zip(self._paths(bucket), self._lengths[bucket], strict=True):
-                if size and (not path.exists() or path.stat().st_size < size):
-                    raise DamagedDataError(f"{path}: was cut short; remove {self.folder} and prepare again")
-                if path.exists():
-                    os.truncate(path, size)
+        else:
+            self.documents, self.tokens, self.filtered = known["documents"], known["tokens"], known["filtered"]
+            self.bad, self.examples = Counter(known["bad"]), known["examples"]
+            self.after = tuple(known["after"]) if known["after"] else None
+            self.complete, self._lengths = state["complete"], known["lengths"]
+            self.buckets = len(self._lengths)
+            self._before = state.get("before", known)
+        self._buffers = [([], []) for _ in range(self.buckets)]
+        sizes = {
+            path: size for bucket, pair in enumerate(self._lengths) for path, size in zip(self._paths(bucket), pair)
+        }
+        for path, size in sizes.items():
+            if size and (not path.exists() or path.stat().st_size < size):
+                raise DamagedDataError(f"{path}: was cut short; remove {self.folder} and prepare again")
+        if known is not None and state["settings"] != self._settings:
+            self.save()  # nobody is to go on with what is cut off here
+        for path, size in sizes.items():
+            if path.exists():
+                os.truncate(path, size)
+
+    def _known(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The progress that can be gone on with: all, or that before the file that was being read; None where settings
+        or inputs are others."""
+        then, now = dict(state["settings"]), dict(self._settings)
+        files, inputs = then.pop("inputs", []), now.pop("inputs", [])
+        if then != now or (state["complete"] and files != inputs):
+            return None
+        paths = [path for path, *_ in files]
+
+        def begun(known: Mapping[str, Any]) -> int:
+            return paths.index(known["after"][0]) + 1 if known["after"] else 0
+
+        if paths[: begun(state)] != [path for path, *_ in inputs[: begun(state)]]:
+            return None
+        progress = (state, state.get("before", state))
+        return next((known for known in progress if files[: begun(known)] == inputs[: begun(known)]), None)
 
     def _read_state(self) -> dict[str, Any] | None:
         try:
@@ -138,6 +166,9 @@ class Spool:
 
     def add(self, block: Block, max_bad: int | None = None) -> None:
         """Take a block of documents, the next of the input. Raises DataError above `max_bad` bad ones in all."""
+        end = os.path.abspath(block.end[0]), block.end[1]
+        if self.after is None or self.after[0] != end[0]:
+            self._before = self._progress()
         for file, line, reason in block.bad:
             self.bad[reason] += 1
             if max_bad is not None and sum(self.bad.values()) > max_bad:
@@ -164,8 +195,7 @@ class Spool:
         self.documents += len(records)
         self.tokens += len(block.ids)
         self.filtered += block.filtered
-        file, line = block.end
-        self.after = os.path.abspath(file), line
+        self.after = end
         if self._held > BUFFER_BYTES:
             self._flush()
         # at most a twentieth of the time goes into flushing to disk
@@ -181,17 +211,17 @@ class Spool:
             return _mix(seed ^ block.hashes[:, 0]) if self._by_content else _mix(seed + numbers * _GOLDEN)
 
     def _buffer(self, bucket: int, ids: np.ndarray, records: np.ndarray) -> None:
-        for kept, data in zip(self._buffers[bucket], (ids.tobytes(), records.tobytes()), strict=True):
-            kept.append(data)
+        for which, data in enumerate((ids.tobytes(), records.tobytes())):
+            self._buffers[bucket][which].append(data)
+            self._lengths[bucket][which] += len(data)
             self._held += len(data)
 
     def _flush(self) -> None:
         for bucket, buffers in enumerate(self._buffers):
-            for which, (path, kept) in enumerate(zip(self._paths(bucket), buffers, strict=True)):
+            for path, kept in zip(self._paths(bucket), buffers, strict=True):
                 if kept:
                     with open(path, "ab") as file:
                         file.write(b"".join(kept))
-                    self._lengths[bucket][which] += sum(map(len, kept))
                     kept.clear()
         self._held = 0
 
@@ -204,21 +234,22 @@ class Spool:
                 if size:
                     _sync(path)
         self.complete = complete
-        state = {
-            "version": _STATE_VERSION,
-            "settings": self._settings,
+        state = {"version": _STATE_VERSION, "settings": self._settings, "complete": complete, "before": self._before}
+        write_safely(self.folder / "state.json", state | self._progress())
+        self._saved = time.monotonic()
+        self._saving = self._saved - begun
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the input is in, as plain data."""
+        return {
             "documents": self.documents,
             "tokens": self.tokens,
             "filtered": self.filtered,
             "bad": dict(self.bad),
-            "examples": self.examples,
+            "examples": list(self.examples),
             "after": self.after,
-            "complete": complete,
-            "lengths": self._lengths,
+            "lengths": [list(sizes) for sizes in self._lengths],
         }
-        write_safely(self.folder / "state.json", state)
-        self._saved = time.monotonic()
-        self._saving = self._saved - begun
 
     @property
     def resumable(self) -> bool:

@@ -318,6 +318,8 @@ def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
             prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=1)
     with pytest.raises(DataError, match="unfinished corpus of other holdout and shuffle_seed; go on with those"):
         prepare([bad], tmp_path / "out", folder / "tok.model", holdout=0.1, shuffle_seed=2)
+    with pytest.raises(DataError, match="unfinished corpus of other inputs; go on with those"):
+        prepare([folder / "raw" / "1.jsonl"], tmp_path / "out", folder / "tok.model")
     prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=3)
     assert "goes on after" in capsys.readouterr().err
     assert decoded(folder, tmp_path / "out") == TEXTS[:100] and not (tmp_path / "out.partial").exists()
@@ -339,6 +341,39 @@ def test_the_inputs_may_be_named_in_another_way(
     assert decoded(folder, tmp_path / "out") == TEXTS
     both = prepare(["raw", raw], tmp_path / "both", folder / "tok.model")
     assert both.train.documents == 400  # no file is read twice
+
+
+@pytest.mark.parametrize("options", [{}, dict(shuffle_seed=9, holdout=0.2, dedup=True)])
+def test_a_damaged_input_is_mended_and_the_rest_is_kept(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    monkeypatch.setattr(spool.Spool, "_saving", property(lambda _: 0.0, lambda *_: None), raising=False)  # each block
+    raw, read = tmp_path / "raw", []
+    raw.mkdir()
+    for path in (folder / "raw").iterdir():
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    prepare(raw, tmp_path / "whole" / "out", folder / "tok.model", **options)
+    first, victim = raw / "0.jsonl.gz", raw / "2.jsonl.gz"
+    stat, whole = first.stat(), victim.read_bytes()
+    spoilt = gzip.compress((folder / "raw" / "2.jsonl").read_bytes().replace(b"a", b"o"))
+    victim.write_bytes(spoilt[:-50])  # what can be read of it is not what it should be, either
+
+    def call() -> None:
+        prepare(raw, tmp_path / "cut" / "out", folder / "tok.model", **options)
+
+    with pytest.raises(DamagedDataError, match="2.jsonl.gz: is damaged .* fetch it again"):
+        call()
+    state = json.loads((tmp_path / "cut" / "out.partial" / "state.json").read_text())
+    assert state["after"][0] == str(victim)
+    os.utime(first, (1, 1))
+    with pytest.raises(DataError, match="holds an unfinished corpus of other inputs"):  # not one that was read
+        call()
+    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    victim.write_bytes(whole)
+    original = RawReader._documents
+    monkeypatch.setattr(RawReader, "_documents", lambda *args: read.append(args[1]) or original(*args))
+    call()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and str(first) not in read
 
 
 def test_a_reader_tells_when_it_cannot_go_on(folder: Path) -> None:
