@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from moe_train.units import format_time
-from parallel.rank import EXIT_STOPPED, STOP_SIGNALS
+from parallel.rank import ERROR_DIR, EXIT_STOPPED, STOP_SIGNALS, report_failure
 
 REPEAT_SECONDS = 1.0
 """A second signal within this time is the first one again: `timeout` and job managers signal a process and then its
@@ -143,7 +143,11 @@ class StopRequest:
     def _exit_now(self, reason: str) -> None:
         try:
             with suppress(OSError):  # the terminal may have gone
-                os.write(2, f"\n{reason}\n".encode())
+                if ERROR_DIR in os.environ:
+                    # Without a word its parent takes it for a rank that saved, and the others wait for it.
+                    report_failure(EXIT_STOPPED, reason)
+                else:
+                    os.write(2, f"\n{reason}\n".encode())
                 if os.isatty(2):
                     os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
             if self.before_exit is not None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 from moe_train.errors import HardwareError
 from moe_train.training.run import leave_outcome
@@ -53,6 +54,24 @@ def test_a_rank_that_is_told_to_end_leaves_the_outcome_to_the_one_that_failed(tm
     assert first.returncode == 3 and "before the first step" in said
     outcome = folder.read_outcome()
     assert outcome["code"] == 5 and outcome["reason"] == "rank 1: there is no web.bin on node7"
+
+
+def test_a_rank_that_is_stopped_while_it_loads_stops_the_others(tmp_path) -> None:
+    runs.write_corpora(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.stop_path.touch()
+    start = runs.start(tmp_path)
+    children = Path(f"/proc/{start.pid}/task/{start.pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 2)
+    first, second = map(int, children.read_text().split())
+    os.kill(second, signal.SIGSTOP)  # whom the first one has to wait for
+    wait_for(lambda: not folder.stop_path.exists())  # which it removes as it begins to load
+    os.kill(first, signal.SIGTERM)
+    os.kill(second, signal.SIGCONT)
+    said, _ = start.communicate(timeout=60)
+    assert start.returncode == 3 == folder.read_outcome()["code"], said
+    assert "rank 0: stopped by SIGTERM before the first step, with nothing to save" in said
 
 
 def _listens(port: int) -> bool:
