@@ -34,8 +34,8 @@ SCALE = 1e4
 
 @dataclass(frozen=True)
 class ParametricFit:
-    """The law, the summed Huber loss at it, and the 10th to 90th percentile of each constant over the
-    bootstraps."""
+    """The law, the summed Huber loss at it, and over the bootstraps the 10th to 90th percentile and the standard
+    deviation of each constant, but for those that runs leave so open that no number holds them."""
 
     law: ParametricLaw
     objective: float
@@ -57,15 +57,16 @@ def fit_parametric(runs: list[Run], bootstraps: int = 100, starts: int = 60, see
     law = _law(best)
     draws = []
     random = np.random.default_rng(seed)
-    for _ in range(bootstraps):
-        pick = random.integers(0, len(runs), len(runs))
-        draws.append(_constants(_descend(best, log_n[pick], log_d[pick], log_l[pick])[0]))
     intervals, errors = {}, {}
-    for index, name in enumerate(("E", "A", "B", "alpha", "beta", "a")):
-        column = [draw[index] for draw in draws]
-        if column:
-            low, high = np.percentile(column, [10, 90])
-            intervals[name], errors[name] = (float(low), float(high)), float(np.std(column))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(bootstraps):
+            pick = random.integers(0, len(runs), len(runs))
+            draws.append(_constants(_descend(best, log_n[pick], log_d[pick], log_l[pick])[0]))
+        for index, name in enumerate(("E", "A", "B", "alpha", "beta", "a") if draws else ()):
+            column = [draw[index] for draw in draws]
+            low, high, error = map(float, (*np.percentile(column, [10, 90]), np.std(column)))
+            if np.isfinite((low, high, error)).all():
+                intervals[name], errors[name] = (low, high), error
     return ParametricFit(law, objective, intervals, errors)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,24 @@ def test_the_fitted_law_is_a_file_that_compute_optimal_takes(tmp_path: Path, cap
     assert "fitted" in json.loads(capsys.readouterr().out)["approaches"]
     assert main(["plan", "fit", points, "--bootstraps", "0", "--starts", "2"]) == 0
     assert "compute-optimal exponents" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_constants_that_noisy_runs_leave_open_have_no_interval(tmp_path: Path, capsys) -> None:
+    """Some resamplings put one of them beyond what a number holds: the report stays JSON."""
+    noise = random.Random(0)
+    runs = [
+        Run("", params, tokens, 2 + noise.random(), params)
+        for params in (1e8, 3e8, 1e9, 3e9)
+        for tokens in (2e9, 1e10, 5e10)
+    ]
+    assert (
+        main(["plan", "fit", write_csv(tmp_path / "r.csv", runs), "--bootstraps", "8", "--starts", "5", "--json"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert "Infinity" not in text and "NaN" not in text
+    parametric = json.loads(text)["parametric"]
+    assert "A" not in parametric["intervals"] and "E" in parametric["intervals"]
 
 
 @pytest.fixture
