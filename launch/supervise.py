@@ -126,8 +126,10 @@ class Supervisor:
         for number in self._asked:  # before there was anybody to hand them on to
             running.stop(number)
         stall = Stall(self.folder.metrics_path, self.config.faults.step_timeout / 2)
+        wanted = False
         while (status := running.poll()) is None:
-            if self.journal.cancel_path.exists():
+            wanted = wanted or self.journal.cancel_path.exists() or self.folder.stop_requested()
+            if wanted:  # again and again: a run that was about to start has cleared it
                 self.folder.stop_path.touch()
             if said := stall.look():
                 self._tell(said)
@@ -143,6 +145,7 @@ class Supervisor:
     def _submit(self) -> None:
         """Note that this process has the run from now on."""
         self.journal.clear()
+        self.folder.clear_stop()  # one that is touched from here on counts
         hourly = None
         if self.cluster and self.cluster.dollars_per_gpu_hour is not None:
             hourly = self.cluster.dollars_per_gpu_hour * self.cluster.priced_units_per_node * self.hosts

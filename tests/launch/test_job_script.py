@@ -39,6 +39,13 @@ case "$*" in
       for _ in {1..300}; do if [ "$(cat "$NOTES/ended")" $1 "" ]; then return; fi; sleep 0.1; done
       exit
     }
+    if [ -n "$T_CLEARS" ]; then
+      stop="$NOTES/../stop"
+      touch -d @1 "$stop"
+      for _ in {1..300}; do if [ "$(stat -c %Y "$stop")" != 1 ]; then break; fi; sleep 0.1; done
+      rm "$stop"
+      for _ in {1..300}; do if [ -e "$stop" ]; then outcome 3 '"x"'; break; fi; sleep 0.1; done
+    fi
     if [ -n "$T_FOREIGN" ]; then
       outcome "$T_FOREIGN" '"x"'; until_noticed !=
       outcome null null; until_noticed =
@@ -113,6 +120,7 @@ def start(tmp_path: Path):
         watched: bool = False,
         stop: float | None = None,
         setup: tuple[str, ...] = (),
+        job_id: str = "7",
         **variables: str,
     ) -> Ended:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -146,7 +154,7 @@ def start(tmp_path: Path):
         environment = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "NOTES": str(job.notes),
-            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_ID": job_id,
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_CONF": "x",
         }
@@ -206,6 +214,12 @@ def test_a_stop_that_is_touched_while_the_job_waits_is_obeyed(start) -> None:
     assert not (ended.notes / "ranks").read_text() and ended.asked == []
 
 
+def test_a_stop_that_is_touched_while_the_ranks_load_is_obeyed(start) -> None:
+    """They clear one that they find."""
+    ended = start(CLEARS="1", WHY="file stop", watched=True)
+    assert ended.over["code"] == 3 and ended.end["next"] == "over", ended.said
+
+
 def test_a_stop_that_is_left_of_an_earlier_time_limit_is_not(start) -> None:
     ended = start(CODE="0", stop=0)
     assert ended.over["code"] == 0 and (ended.notes / "ranks").read_text(), ended.said
@@ -249,6 +263,13 @@ def test_a_crash_loop_tells_its_last_reason_as_it_is(start) -> None:
 def test_what_a_sites_lines_set_in_the_shell_ends_no_script(start) -> None:
     ended = start(CODE="5", STATUS="5", setup=("set -euo pipefail",))
     assert ended.end["next"] == "requeue" and ended.asked == ["requeue 7"], ended.said
+
+
+def test_a_job_that_was_submitted_by_hand_is_noted(start) -> None:
+    """So that `launch status` and `launch cancel` know it, and `launch slurm` does not start a second one beside it."""
+    journal = Journal(start(CODE="0", job_id="8").notes.parent)
+    assert journal.job_ids() == ["7", "9", "8"] and journal.jobs()[-1]["nodes"] == 2
+    assert Journal(start(CODE="0").notes.parent).job_ids() == ["7", "9"]
 
 
 def test_half_a_line_in_the_notes_costs_no_other(start) -> None:

@@ -149,6 +149,24 @@ def test_a_signal_to_a_start_that_cannot_catch_it_yet_ends_the_run(tmp_path: Pat
     assert over["code"] == 3 and over["reason"].startswith(f"signal {name}; ")
 
 
+def test_a_stop_that_is_touched_while_the_ranks_load_is_obeyed(tmp_path: Path) -> None:
+    """They clear one that they find."""
+    supervisor = Supervisor(load_run(runs.write_run(tmp_path, {"preflight": None})), 3, "local")
+    stop = tmp_path / "run/stop"
+    wait = "do sleep 0.1; done"
+    load = f'until [ "$(stat -c %Y "$0")" != 1 ]; {wait}; rm "$0"; until [ -e "$0" ]; {wait}; exit 3'
+
+    def begin(restart: int) -> Local:
+        assert not stop.exists()  # that of an earlier submission
+        stop.touch()
+        os.utime(stop, (1, 1))
+        return Local(["timeout", "60", "sh", "-c", load, str(stop)])
+
+    (tmp_path / "run").mkdir()
+    stop.touch()
+    assert supervisor.run(begin) == 3
+
+
 def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
     path = runs.write_run(tmp_path, {"preflight": None}, steps=20_000)
     terminal, slave = os.openpty()
