@@ -41,7 +41,8 @@ class MixtureOfAttention(torch.nn.Module):
         kernels = kernels_of(options)
         self.top_k, self.head_dim = attention.top_k, attention.head_dim
         self.tensor_ranks = topology.layout.tensor
-        self.local_heads = attention.num_kv_heads // self.tensor_ranks
+        self.heads = attention.num_kv_heads
+        self.local_heads = self.heads // self.tensor_ranks
         self.router = Router(
             f"{name}.router", hidden, experts, attention.top_k, config.router_of("attention"), topology, dtype
         )
@@ -59,31 +60,30 @@ class MixtureOfAttention(torch.nn.Module):
         plan = self.dispatcher.plan(experts_tk, sent_tk)
         k_sbnd, v_sbnd = self._keys_and_values(x_sbh)  # while the counts of the other ranks come
         rows = yield from plan.dispatch_tokens(x_th)
-        q_tkd = yield from plan.collect_pairs(self.query(rows, plan.rows))
-        q_sbknd = self._to_heads(q_tkd, k_sbnd.shape[:2])
         # Head j of any slot uses kv head j: the k slots of one head are one group.
-        o_sbnkd = attend(q_sbknd.transpose(2, 3), k_sbnd, v_sbnd, tokens, self.core, cache)
-        o_tkd = self._to_sequence(o_sbnkd.transpose(2, 3), q_tkd.shape)
-        rows = yield from plan.dispatch_pairs(o_tkd)
-        out_th = yield from plan.collect_weighted(self.output(rows, plan.rows), gates_tk)
-        return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
+        q_tnkd = yield from plan.collect_pairs(self.query(rows, plan.rows), self.heads)
+        q_sbnkd = self._to_heads(q_tnkd, k_sbnd.shape[:2])
+        o_sbnkd = attend(q_sbnkd, k_sbnd, v_sbnd, tokens, self.core, cache)
+        rows = yield from plan.dispatch_pairs(self._to_sequence(o_sbnkd, q_tnkd.shape))
+        out_th = yield from plan.collect_weighted(self.output(rows, plan.rows), gates_tk, self.bias)
+        return out_th.view_as(x_sbh)
 
     def _keys_and_values(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of this rank's heads over the whole sequence, ``[S, B, n / TP, d]`` each."""
         kv, _ = self.kv(x_sbh)
         return kv.view(*kv.shape[:2], 2, self.local_heads, self.head_dim).unbind(2)
 
-    def _to_heads(self, q_tkd: torch.Tensor, whole: torch.Size) -> torch.Tensor:
-        """``[s * B, k, n * d]`` of this part of the sequence to ``[S, B, k, n / TP, d]`` of this rank's heads."""
+    def _to_heads(self, q_tnkd: torch.Tensor, whole: torch.Size) -> torch.Tensor:
+        """``[s * B, n, k, d]`` of this part of the sequence to ``[S, B, n / TP, k, d]`` of this rank's heads."""
         if self.tensor_ranks > 1:
-            q_tkd = all_to_all_sp2hp(q_tkd.flatten(0, 1))
-        return q_tkd.view(*whole, self.top_k, self.local_heads, self.head_dim)
+            q_tnkd = all_to_all_sp2hp(q_tnkd.flatten(1))
+        return q_tnkd.view(*whole, self.local_heads, self.top_k, self.head_dim)
 
-    def _to_sequence(self, o_sbknd: torch.Tensor, home: torch.Size) -> torch.Tensor:
-        """The way back of :meth:`_to_heads`: ``[s * B, k, n * d]``."""
+    def _to_sequence(self, o_sbnkd: torch.Tensor, home: torch.Size) -> torch.Tensor:
+        """The way back of :meth:`_to_heads`: ``[s * B, n, k, d]``."""
         if self.tensor_ranks > 1:
-            o_sbknd = all_to_all_hp2sp(o_sbknd.reshape(-1, self.local_heads * self.head_dim))
-        return o_sbknd.reshape(home)
+            o_sbnkd = all_to_all_hp2sp(o_sbnkd.flatten(2).flatten(0, 1))
+        return o_sbnkd.reshape(home)
 
 
 class GroupedQueryAttention(torch.nn.Module):

@@ -59,8 +59,7 @@ class MixtureOfMLP(torch.nn.Module):
             answers = self.recompute(self.engine, experts, rows)
         else:
             answers = experts(rows)
-        out_th = yield from plan.collect_weighted(answers, gates_tk)
-        return (out_th if self.bias is None else out_th + self.bias).view_as(x_sbh)
+        return (yield from plan.collect_weighted(answers, gates_tk, self.bias)).view_as(x_sbh)
 
 
 class DenseMLP(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from parallel.dispatch.moves import gather_tokens, permute, weighted_sum
+from parallel.dispatch.moves import gather_tokens, heads_to_rows, rows_to_heads, weighted_sum
 from parallel.dispatch.rows import ExpertRows, add_fillers, sort_by_expert
 from parallel.dispatch.travel import travel
 from parallel.topology import Topology
@@ -72,21 +72,22 @@ class RoutingPlan:
         rows = gather_tokens(x_th, self.order, self.inverse, self.top_k, self._filled, self._left_out)
         return (yield from self._dispatcher.send(rows, self.rows))
 
-    def dispatch_pairs(self, x_tkd: torch.Tensor) -> Steps[torch.Tensor]:
-        """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
-        rows = permute(x_tkd.flatten(0, 1), self.order, self.inverse, self._filled, self._left_out)
+    def dispatch_pairs(self, x_tnkd: torch.Tensor) -> Steps[torch.Tensor]:
+        """``[T, n, k, d]`` pairs, of n heads each, to ``[rows, n * d]``: each pair to its own expert."""
+        rows = heads_to_rows(x_tnkd, self.order, self.inverse, self._filled, self._left_out)
         return (yield from self._dispatcher.send(rows, self.rows))
 
-    def collect_pairs(self, rows: torch.Tensor) -> Steps[torch.Tensor]:
-        """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
+    def collect_pairs(self, rows: torch.Tensor, heads: int) -> Steps[torch.Tensor]:
+        """``[rows, n * d]`` answers of the experts, of n ``heads``, to ``[T, n, k, d]``, at home and unsummed."""
         answers = yield from self._dispatcher.send_back(rows, self.rows, len(self.order))
-        pairs = permute(answers, self.inverse, self.order, self._left_out, self._filled)
-        return pairs.unflatten(0, (-1, self.top_k))
+        return rows_to_heads(answers, heads, self.order, self.inverse, self.top_k, self._filled, self._left_out)
 
-    def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> Steps[torch.Tensor]:
-        """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
+    def collect_weighted(
+        self, rows: torch.Tensor, gates_tk: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Steps[torch.Tensor]:
+        """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer, plus ``bias`` ``[H]``."""
         answers = yield from self._dispatcher.send_back(rows, self.rows, len(self.order))
-        return weighted_sum(answers, gates_tk, self.order, self.inverse, self._filled, self._left_out)
+        return weighted_sum(answers, gates_tk, bias, self.order, self.inverse, self._filled, self._left_out)
 
 
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):

@@ -65,21 +65,24 @@ class FlexPlan:
         return self._send(x_th.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1))
 
     @without_waiting
-    def dispatch_pairs(self, x_tkd: torch.Tensor) -> torch.Tensor:
-        """``[T, k, D]`` pairs to ``[rows, D]``: each pair to its own expert."""
-        return self._send(x_tkd.flatten(0, 1))
+    def dispatch_pairs(self, x_tnkd: torch.Tensor) -> torch.Tensor:
+        """``[T, n, k, d]`` pairs, of n heads each, to ``[rows, n * d]``: each pair to its own expert."""
+        return self._send(x_tnkd.transpose(1, 2).flatten(2).flatten(0, 1))
 
     @without_waiting
-    def collect_pairs(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[rows, D]`` answers of the experts to ``[T, k, D]``, at home and unsummed."""
-        return self._send_back(rows).unflatten(0, (-1, self.top_k))
+    def collect_pairs(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
+        """``[rows, n * d]`` answers of the experts, of n ``heads``, to ``[T, n, k, d]``, at home and unsummed."""
+        answers = self._send_back(rows)
+        return answers.view(-1, self.top_k, heads, answers.shape[1] // heads).transpose(1, 2)
 
     @without_waiting
-    def collect_weighted(self, rows: torch.Tensor, gates_tk: torch.Tensor) -> torch.Tensor:
-        """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer."""
+    def collect_weighted(
+        self, rows: torch.Tensor, gates_tk: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[rows, H]`` answers to ``[T, H]``: the sum over the slots of gate times answer, plus ``bias`` ``[H]``."""
         answers = self._send_back(rows)
         as_they_lie = torch.arange(len(answers), device=answers.device)
-        return weighted_sum(answers, gates_tk, as_they_lie, as_they_lie)
+        return weighted_sum(answers, gates_tk, bias, as_they_lie, as_they_lie)
 
     def _send(self, pairs: torch.Tensor) -> torch.Tensor:
         first = self._exchange.handle is None

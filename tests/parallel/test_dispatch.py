@@ -8,7 +8,7 @@ import torch
 from parallel.layout import Layout
 from parallel.turns import finish
 
-TOKENS, EXPERTS, WIDTH = 9, 5, 4
+TOKENS, EXPERTS, WIDTH, HEADS = 9, 5, 4, 2
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,17 @@ def at_once(trip):
     return lambda *args: finish(trip(*args))
 
 
+def collect_pairs(plan):
+    return lambda rows: finish(plan.collect_pairs(rows, HEADS))
+
+
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+
+def pairs_of(x_tnkd: torch.Tensor) -> torch.Tensor:
+    """``[T * k, n * d]``."""
+    return x_tnkd.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def pairs_by_expert(experts: torch.Tensor) -> list[tuple[int, int]]:
@@ -92,33 +101,36 @@ def test_tokens_go_to_their_experts(routed):
 
 def test_pairs_go_out_and_come_home(routed):
     plan, experts = routed
-    x = draw(TOKENS, experts.shape[1], WIDTH)
+    x = draw(TOKENS, HEADS, experts.shape[1], WIDTH // HEADS)
     rows = at_once(plan.dispatch_pairs)(x)
-    assert torch.equal(rows, torch.stack([x[pair] for pair in pairs_by_expert(experts)]))
-    assert torch.equal(at_once(plan.collect_pairs)(rows), x)
+    assert torch.equal(rows, torch.stack([x[token, :, slot].flatten() for token, slot in pairs_by_expert(experts)]))
+    assert torch.equal(collect_pairs(plan)(rows), x)
     assert torch.autograd.gradcheck(at_once(plan.dispatch_pairs), (x,))
-    assert torch.autograd.gradcheck(at_once(plan.collect_pairs), (rows.detach().requires_grad_(),))
+    assert torch.autograd.gradcheck(collect_pairs(plan), (rows.detach().requires_grad_(),))
 
 
 def test_answers_are_weighted_by_their_gates(routed):
     plan, experts = routed
-    rows, gates = draw(TOKENS * experts.shape[1], WIDTH), draw(TOKENS, experts.shape[1])
+    rows, gates, bias = draw(TOKENS * experts.shape[1], WIDTH), draw(TOKENS, experts.shape[1]), draw(WIDTH)
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(rows, pairs_by_expert(experts)):
         expected[token] += gates[token, slot] * row
-    torch.testing.assert_close(at_once(plan.collect_weighted)(rows, gates), expected, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(at_once(plan.collect_weighted), (rows, gates))
+    collect_weighted = at_once(plan.collect_weighted)
+    torch.testing.assert_close(collect_weighted(rows, gates), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(collect_weighted(rows, gates, bias), expected + bias, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(collect_weighted, (rows, gates))
+    assert torch.autograd.gradcheck(collect_weighted, (rows, gates, bias))
 
 
 def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
     plan, experts, sent = partly_sent
     pairs = [pair for pair in pairs_by_expert(experts) if sent[pair]]
     assert plan.rows.counts == [int(((experts == expert) & sent).sum()) for expert in range(EXPERTS)]
-    x, x_tkd = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH)
+    x, x_tnkd = draw(TOKENS, WIDTH), draw(TOKENS, HEADS, 2, WIDTH // HEADS)
     assert torch.equal(at_once(plan.dispatch_tokens)(x), x[[token for token, _ in pairs]])
-    rows = at_once(plan.dispatch_pairs)(x_tkd)
-    assert torch.equal(rows, x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
-    assert torch.equal(at_once(plan.collect_pairs)(rows), x_tkd * sent[..., None])
+    rows = at_once(plan.dispatch_pairs)(x_tnkd)
+    assert torch.equal(rows, pairs_of(x_tnkd)[[2 * token + slot for token, slot in pairs]])
+    assert torch.equal(collect_pairs(plan)(rows), x_tnkd * sent[:, None, :, None])
     rows, gates = draw(len(pairs), WIDTH), draw(TOKENS, 2)
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(rows, pairs):
@@ -126,8 +138,8 @@ def test_what_is_left_out_is_not_sent_and_comes_back_as_zeros(partly_sent):
     torch.testing.assert_close(at_once(plan.collect_weighted)(rows, gates), expected, atol=1e-12, rtol=0)
     for trip, inputs in (
         (at_once(plan.dispatch_tokens), (x,)),
-        (at_once(plan.dispatch_pairs), (x_tkd,)),
-        (at_once(plan.collect_pairs), (rows,)),
+        (at_once(plan.dispatch_pairs), (x_tnkd,)),
+        (collect_pairs(plan), (rows,)),
         (at_once(plan.collect_weighted), (rows, gates)),
     ):
         inputs = tuple(value.detach().requires_grad_() for value in inputs)
@@ -149,13 +161,13 @@ def test_rows_are_filled_up_with_zeros_that_are_nobodys(topology, multiple, some
     assert plan.rows.counts == [-(-count // multiple) * multiple for count in counts]
     real = torch.cat([torch.arange(padded) < count for padded, count in zip(plan.rows.counts, counts)])
 
-    x, x_tkd, gates = draw(TOKENS, WIDTH), draw(TOKENS, 2, WIDTH), draw(TOKENS, 2)
+    x, x_tnkd, gates = draw(TOKENS, WIDTH), draw(TOKENS, HEADS, 2, WIDTH // HEADS), draw(TOKENS, 2)
     rows = at_once(plan.dispatch_tokens)(x)
     assert torch.equal(rows[real], x[[token for token, _ in pairs]]) and not rows[~real].any()
-    rows = at_once(plan.dispatch_pairs)(x_tkd)
-    assert torch.equal(rows[real], x_tkd.flatten(0, 1)[[2 * token + slot for token, slot in pairs]])
+    rows = at_once(plan.dispatch_pairs)(x_tnkd)
+    assert torch.equal(rows[real], pairs_of(x_tnkd)[[2 * token + slot for token, slot in pairs]])
     assert not rows[~real].any()
-    assert torch.equal(at_once(plan.collect_pairs)(rows), x_tkd * sent[..., None])
+    assert torch.equal(collect_pairs(plan)(rows), x_tnkd * sent[:, None, :, None])
     answers = draw(len(real), WIDTH)  # of experts with a bias, say: what they make of zeros is nobody's either
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for row, (token, slot) in zip(answers[real], pairs):
@@ -163,8 +175,8 @@ def test_rows_are_filled_up_with_zeros_that_are_nobodys(topology, multiple, some
     torch.testing.assert_close(at_once(plan.collect_weighted)(answers, gates), expected, atol=1e-12, rtol=0)
     for trip, inputs in (
         (at_once(plan.dispatch_tokens), (x,)),
-        (at_once(plan.dispatch_pairs), (x_tkd,)),
-        (at_once(plan.collect_pairs), (answers,)),
+        (at_once(plan.dispatch_pairs), (x_tnkd,)),
+        (collect_pairs(plan), (answers,)),
         (at_once(plan.collect_weighted), (answers, gates)),
     ):
         assert torch.autograd.gradcheck(trip, tuple(value.detach().requires_grad_() for value in inputs))

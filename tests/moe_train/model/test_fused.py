@@ -56,7 +56,8 @@ def cases():
 
     def weighted(rows, dtype, left_out=False):
         (x, gates), (_, inverse) = randoms((rows, 16), (rows // K, K), dtype=dtype), places(rows)
-        return x, gates, inverse.add(2 * left_out).clamp(max=rows).view(-1, K), left_out
+        slots = inverse.add(2 * left_out).clamp(max=rows).view(-1, K)
+        return x, gates, None if left_out else x[0] * 2, slots, left_out
 
     def weighted_backward(rows, dtype):
         grad, x, gates = randoms((rows // K, 16), (rows, 16), (rows // K, K), dtype=dtype)
@@ -64,6 +65,14 @@ def cases():
 
     def some_nobodys(rows, dtype):
         return *randoms((rows, 16), dtype=dtype), torch.arange(0, rows + 1, 4)
+
+    def heads_of_rows(rows, dtype, left_out=False):
+        (x,), (_, inverse) = randoms((rows, 16), dtype=dtype), places(rows)
+        return x, inverse.add(2 * left_out).clamp(max=rows).view(-1, K), 4, left_out
+
+    def rows_of_heads(rows, dtype, filled=False):
+        (x,), (order, _) = randoms((rows // K, 4, K, 4), dtype=dtype), places(rows)
+        return x, order.add(2 * filled).clamp(max=rows), filled
 
     def turn(rows, dtype):
         return randoms((rows, 2, 4, 8), (rows, 1, 1, 4), (rows, 1, 1, 4), dtype=dtype)
@@ -86,10 +95,14 @@ def cases():
         "head, gradient": (head._gradient, head_gradient, 1),
         "dispatch": (
             moves._sum_of_slots,
-            lambda rows, dtype: (lambda x, _, *slots: (x, *slots))(*weighted(rows, dtype)),
+            lambda rows, dtype: (lambda x, _, __, *slots: (x, *slots))(*weighted(rows, dtype)),
             2,
         ),
         "dispatch, some nobody's": (moves._or_zeros, some_nobodys, 2),
+        "dispatch, heads of rows": (moves._take_heads, heads_of_rows, 2),
+        "dispatch, heads of rows, some left out": (moves._take_heads, lambda *which: heads_of_rows(*which, True), 2),
+        "dispatch, rows of heads": (moves._take_pairs, rows_of_heads, 2),
+        "dispatch, rows of heads, filled up": (moves._take_pairs, lambda *which: rows_of_heads(*which, True), 2),
         "dispatch, weighted": (moves._weighted_sum_of_slots, weighted, 2),
         "dispatch, some left out": (moves._weighted_sum_of_slots, lambda rows, dtype: weighted(rows, dtype, True), 2),
         "dispatch, backward": (moves._weighted_sum_backward, weighted_backward, 2),
