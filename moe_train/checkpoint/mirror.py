@@ -165,7 +165,8 @@ class Mirror:
         return posixpath.join(self._root, name)
 
     def _is_whole(self, name: str) -> bool:
-        return self._files.exists(posixpath.join(self._at(name), MANIFEST_HASH))
+        """Of a copy that is there. Raises what the store raises: that it does not answer makes no copy half a one."""
+        return any(posixpath.basename(path) == MANIFEST_HASH for path in self._files.ls(self._at(name), detail=False))
 
     def _hash(self, path: str) -> str:
         self._files.invalidate_cache()

@@ -86,6 +86,16 @@ def test_half_a_copy_keeps_no_later_one_from_its_room(run, mirror) -> None:
         assert mirror.copies() == [f"iter_0000{each}" for each in left]
 
 
+def test_a_copy_that_cannot_be_looked_at_is_not_half_a_one(run, tmp_path) -> None:
+    mirror = Mirror(str(tmp_path / "second"), keep_last=2, run=run)
+    mirror.push(run / "checkpoints" / "iter_0000100")
+    last = tmp_path / "second" / "iter_0000100" / MANIFEST_HASH
+    last.unlink()
+    last.symlink_to(MANIFEST_HASH)  # to itself: an error of the system's, not a file that is missing
+    mirror.push(run / "checkpoints" / "iter_0000200")
+    assert mirror.copies() == ["iter_0000100", "iter_0000200"]
+
+
 def test_a_damaged_copy_is_passed_over(run, mirror, capsys) -> None:
     folder = run / "checkpoints"
     for step in (200, 300):
