@@ -118,7 +118,8 @@ class Catalogue:
 
     def verify(self, expected: dict[str, str], allowance: Allowance) -> None:
         """Hash the .bin files of prefixes (to the xxh3-128 of each) that are not known to be whole, as far as the
-        start's `allowance` goes; of a small source that is no matter of the others.
+        start's `allowance` goes. Small sources have one of their own: nothing remembers them, so that they would use up
+        that of the others at every start.
 
         Raises DamagedDataError for one that is not what its manifest says.
         """

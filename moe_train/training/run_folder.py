@@ -166,8 +166,8 @@ class RunFolder:
         return self.stop_path.exists()
 
     def clear_stop(self) -> None:
-        """Remove the `stop` that an earlier start obeyed: the first thing that a start, or its submission to Slurm,
-        does, so that one that comes while it loads or waits still counts."""
+        """Remove the `stop` that an earlier start obeyed: the first thing that a start, or its submission, does,
+        so that one that comes while it loads or waits still counts."""
         try:
             self.stop_path.unlink(missing_ok=True)
         except OSError as error:
