@@ -111,7 +111,14 @@ PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
 export PREFLIGHT_NODES
 rm -f "$NOTES/good_nodes" "$NOTES/bad_nodes" "$NOTES/folder_problem"
 {command} &
-await $!
+LOOK=$! SAID=
+while kill -0 "$LOOK" 2>/dev/null; do
+  # A node that hangs is waited for no longer once the verdict is there.
+  if [ -e "$NOTES/bad_nodes" ]; then SAID=${{SAID:-$SECONDS}}; fi
+  if [ -n "$SAID" ] && ((SECONDS - SAID > 30)); then kill "$LOOK"; fi
+  sleep 2 > /dev/null 2>&1 &
+  wait -n $! "$LOOK" 2>/dev/null
+done
 give_way
 if [ -e "$NOTES/folder_problem" ]; then
   PROBLEM="the run's folder $(tr -d '"\\134' < "$NOTES/folder_problem")"

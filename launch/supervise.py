@@ -16,7 +16,7 @@ from launch.cluster import ClusterConfig, load_cluster
 from launch.journal import Journal
 from moe_train.checkpoint.folder import POINTER
 from moe_train.config import RunConfig
-from moe_train.errors import HardwareError, PolicyStop, UserError
+from moe_train.errors import HardwareError, PolicyStop, StoppedError, UserError
 from moe_train.training.fence import born
 from moe_train.training.run_folder import RunFolder, now
 from parallel.rank import STOP_SIGNALS
@@ -116,13 +116,15 @@ class Supervisor:
 
     def _once(self, start: Callable[[int], Start], restart: int, saved: int) -> int:
         """One start, to its end."""
-        self.journal.note("start", restart=restart, saved=saved, nodes=self.where)
+        began = now()
         try:
             running = self._running = start(restart)
         except HardwareError as error:  # no node is fit, or none can be reached
             self._hopeless = isinstance(error, RunFolderProblem)
             self.folder.settle(error.exit_code, str(error), now())
             return error.exit_code
+        finally:  # which hosts it has is known only now
+            self.journal.note("start", time=began, restart=restart, saved=saved, nodes=self.where)
         for number in self._asked:  # before there was anybody to hand them on to
             running.stop(number)
         stall = Stall(self.folder.metrics_path, self.config.faults.step_timeout / 2)
@@ -169,7 +171,11 @@ class Supervisor:
         """What the run wrote, else what its process ended with (a mistake in a file is told before there is a
         folder)."""
         if self.folder.ended_since(since):
-            return self.folder.read_outcome()
+            outcome = self.folder.read_outcome()
+            lost = outcome["code"] == StoppedError.exit_code and status not in (0, StoppedError.exit_code)
+            if lost and not self.folder.stop_requested():  # cut off from here, a host has its ranks save
+                return {"code": HardwareError.exit_code, "reason": f"a host was lost; {outcome['reason']}"}
+            return outcome
         if status == 0:  # the run was complete before, and a start of such a one writes nothing
             return {"code": 0, "reason": "complete"}
         return {"code": status, "reason": f"ended with status {status}, without an outcome"}

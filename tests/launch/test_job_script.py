@@ -27,7 +27,8 @@ case "$*" in
   *launch.preflight*)
     echo "$T_BAD" | tr , '\\n' | sed '/^$/d' > "$NOTES/bad_nodes"
     if [ -n "$T_FOLDER" ]; then echo "$T_FOLDER" > "$NOTES/folder_problem"; fi
-    if [ -n "$T_GOOD" ]; then echo "$T_GOOD" | tr , '\\n' > "$NOTES/good_nodes"; fi ;;
+    if [ -n "$T_GOOD" ]; then echo "$T_GOOD" | tr , '\\n' > "$NOTES/good_nodes"; fi
+    if [ -n "$T_HANGS" ]; then exec sleep 600; fi ;;
   *)
     echo "$*" >> "$NOTES/ranks"
     sleep 0.01
@@ -145,6 +146,7 @@ def start(tmp_path: Path):
             script = script.replace("# ---- the ranks ----", 'touch "$NOTES/cancel"')
         if late:
             script = script.replace("LIMIT=600\n", "LIMIT=1\n")
+        script = script.replace("SAID > 30", "SAID > 0")
         if watched:  # whether it thinks that the run has ended
             look = "  if ended; then ENDED="
             script = script.replace(look, f'  echo "$ENDED" > "$NOTES/ended"\n{look}')
@@ -296,6 +298,11 @@ def test_spare_nodes_take_the_place_of_unfit_ones(start) -> None:
     ended = start(GOOD="node2,node3", BAD="node1", CODE="0", spares=1)
     assert ended.over["code"] == 0 and "unfit: node1; goes on with spare nodes" in ended.said
     assert "--nodes=2 --ntasks=2 --nodelist=node2,node3" in (ended.notes / "ranks").read_text()
+
+
+def test_a_node_that_hangs_is_not_waited_for_once_the_others_are_judged(start) -> None:
+    ended = start(GOOD="node2,node3", BAD="node1", CODE="0", HANGS="1", spares=1)
+    assert ended.over["code"] == 0 and "unfit: node1; goes on with spare nodes" in ended.said
 
 
 @pytest.mark.parametrize("given", [{"NEWER": "7.1"}, {"RESTARTS": "1", "CODE": "5"}], ids=str)

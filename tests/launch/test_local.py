@@ -24,6 +24,7 @@ from launch.supervise import Stall, Supervisor
 from moe_train.cli import main
 from moe_train.config import load_run
 from moe_train.errors import UserError
+from moe_train.training.run_folder import now
 from tests.launch import runs
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,23 @@ def test_a_stop_that_is_touched_while_the_ranks_load_is_obeyed(tmp_path: Path) -
     assert supervisor.run(begin) == 3
 
 
+def test_a_start_that_saved_as_a_host_was_cut_off_is_no_end(tmp_path: Path) -> None:
+    """Its ranks end with 3, as if somebody had asked for it; the remote shell tells."""
+    supervisor = Supervisor(load_run(runs.write_run(tmp_path, {"preflight": None})), 3, "hostfile")
+
+    def begin(restart: int) -> Local:
+        if restart == 0:
+            supervisor.folder.settle(3, "signal SIGTERM", now())
+        return Local(["sh", "-c", f"exit {5 if restart == 0 else 0}"])
+
+    assert supervisor.run(begin) == 0
+    ends = [each for each in supervisor.journal.starts() if each["kind"] == "end"]
+    assert [(each["code"], each["reason"]) for each in ends] == [
+        (5, "a host was lost; signal SIGTERM"),
+        (0, "complete"),
+    ]
+
+
 def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
     path = runs.write_run(tmp_path, {"preflight": None}, steps=20_000)
     terminal, slave = os.openpty()
@@ -256,9 +274,8 @@ def test_the_machines_of_a_hostfile_train_together(tmp_path: Path, machines: tup
     assert [line["step"] for line in records(folder, "metrics.jsonl")] == list(range(1, 151))
     reached = (tmp_path / "hosts.log").read_text().split()
     assert sorted(reached) == ["127.0.0.1"] * 4 + ["localhost"] * 4  # preflight and ranks, twice
-    assert [note["nodes"] for note in records(folder, "launch/starts.jsonl") if note["kind"] == "start"][
-        1
-    ] == "127.0.0.1,localhost"
+    starts = [note for note in records(folder, "launch/starts.jsonl") if note["kind"] == "start"]
+    assert [note["nodes"] for note in starts] == ["127.0.0.1,localhost"] * 2
 
 
 @pytest.mark.parametrize(
