@@ -26,7 +26,8 @@ SAVE_SECONDS = 300.0
 def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
     """Start the ranks and wait for them; their exit status."""
     asked = json.loads(arguments[0])
-    config = load_run(asked["run"], [*asked["overrides"], f"output_dir={json.dumps(asked['output_dir'])}"])
+    folder = f"output_dir={json.dumps(asked['output_dir'], ensure_ascii=False)}"
+    config = load_run(asked["run"], [*asked["overrides"], folder])
     first = RankEnv(asked["first_rank"], asked["world_size"], 0, asked["ranks"], asked["address"], asked["port"], "env")
     threading.Thread(target=_obey, name="launcher", daemon=True).start()
     target, payload, logs = rank_target(config, "auto")

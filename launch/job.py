@@ -92,7 +92,7 @@ class Job:
         # Where it runs is settled by now, and the cluster file need not be visible to the ranks.
         overrides = [text for text in self.overrides if not _LAUNCHER.match(text)]
         # Quoted: an override's value is read as YAML, where " #" begins a remark.
-        folder = f"output_dir={json.dumps(output)}"
+        folder = f"output_dir={json.dumps(output, ensure_ascii=False)}"
         return ["-m", "moe_train", "pretrain", run_file, folder, "launch.cluster=null", *overrides]
 
     def preflight(self) -> list[str]:

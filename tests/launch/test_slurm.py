@@ -104,7 +104,7 @@ def test_variables_of_every_file_and_override_reach_the_ranks(tmp_path: Path, mo
 
 
 def test_paths_with_marks_of_shell_and_yaml_stand_whole_in_the_script(tmp_path: Path) -> None:
-    for name in ("it's", "run#7", "a b", "a #7", "a: b"):
+    for name in ("it's", "run#7", "a b", "a #7", "a: b", "😀"):
         run, folder = str(write_run(tmp_path, output_dir=f"{tmp_path}/{name}")), f"{tmp_path}/{name}"
         job = load_job(run)
         assert f'\n#SBATCH --output="{folder}/logs/slurm-%j.out"\n' in render(job)
