@@ -17,11 +17,16 @@ LIVE = (
     "COMPLETING",
     "SUSPENDED",
     "REQUEUED",
+    "REQUEUE_FED",
     "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
     "SPECIAL_EXIT",
     "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
     "STOPPED",
 )
+"""States of a job that has not ended for good, by squeue's manual."""
 
 
 def available() -> bool:

@@ -145,7 +145,7 @@ def _state(
             ("complete", None) if over["code"] == 0 else ("stopped" if over["code"] == 3 else "failed", over["reason"])
         )
     states = {state for state, _ in live.values()}
-    if states & {"RUNNING", "COMPLETING"}:
+    if states & {"RUNNING", "RESIZING", "SIGNALING", "COMPLETING", "STAGE_OUT"}:
         return "running", None
     if launcher is not None:
         return "running", None

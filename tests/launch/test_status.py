@@ -106,6 +106,8 @@ def test_a_run_that_writes_no_more_is_lost(folder: Path) -> None:
         ("FAILED|x", False, "lost", "Slurm says that job 7 is FAILED; it left no outcome", True),
         ("FAILED|x", True, "running", "as far as its folder tells", False),
         ("SUSPENDED|node[1-2]", False, "suspended", None, False),
+        ("SIGNALING|node[1-2]", False, "running", None, False),
+        ("RESV_DEL_HOLD|(Reservation)", False, "queued", "(Reservation)", False),
         ("PENDING|(Resources)", False, "queued", "(Resources)", False),
     ],
 )
