@@ -163,8 +163,9 @@ def _state(
         return "complete", None
     if outcome:  # the launcher knows who made the file `stop`
         last = starts[-1] if starts else {}
-        judged = last.get("kind") == "end" and last["time"] >= outcome["ended"]
-        return "stopped", last["reason"] if judged else outcome["reason"]
+        if last.get("kind") == "end" and last["time"] >= outcome["ended"]:
+            return "stopped", last["reason"]
+        return "stopped", f"{outcome['reason']}; {ended}" if ended else outcome["reason"]
     return "submitted", None
 
 

@@ -105,6 +105,7 @@ def test_a_run_that_writes_no_more_is_lost(folder: Path) -> None:
     [
         ("FAILED|x", False, "lost", "Slurm says that job 7 is FAILED; it left no outcome", True),
         ("FAILED|x", True, "running", "as far as its folder tells", False),
+        ("CANCELLED|x", False, "stopped", "signal SIGTERM; Slurm says that job 7 is CANCELLED", True),
         ("SUSPENDED|node[1-2]", False, "suspended", None, False),
         ("SIGNALING|node[1-2]", False, "running", None, False),
         ("RESV_DEL_HOLD|(Reservation)", False, "queued", "(Reservation)", False),
@@ -120,6 +121,8 @@ def test_what_slurm_knows_is_believed(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     Fence.take(folder, {} if by_hand else {"SLURM_JOB_ID": "7"})
+    if state == "stopped":
+        RunFolder(folder).finish(3, "signal SIGTERM")
     found = collect(str(folder))
     assert (found["state"], found["reason"], found["over"]) == (state, reason, over)
 
