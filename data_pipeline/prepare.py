@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +213,8 @@ def _fill(
     if spool.complete:
         return
     if spool.documents and progress is not False:
-        print(f"{spool.folder}: goes on after {spool.documents:,} documents", file=sys.stderr)
+        with suppress(OSError):  # whoever would read it may have gone
+            print(f"{spool.folder}: goes on after {spool.documents:,} documents", file=sys.stderr)
     stack.enter_context(encoder)
     bar = stack.enter_context(_Progress(reader, spool, sys.stderr.isatty() if progress is None else progress))
     for block in encoder.encode(reader):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -323,6 +324,19 @@ def test_an_unfinished_corpus_of_other_options_is_not_gone_on_with(
     prepare([bad], tmp_path / "out", folder / "tok.model", max_bad=3)
     assert "goes on after" in capsys.readouterr().err
     assert decoded(folder, tmp_path / "out") == TEXTS[:100] and not (tmp_path / "out.partial").exists()
+
+
+def test_it_goes_on_where_nobody_reads_what_it_says(folder: Path, tmp_path: Path, small: None) -> None:
+    bad, out, model = tmp_path / "bad.jsonl", tmp_path / "out", folder / "tok.model"
+    bad.write_bytes((folder / "raw" / "0.jsonl").read_bytes() + b"{broken\n")
+    with pytest.raises(DataError, match="more than 0 bad documents"):
+        prepare([bad], out, model, shuffle_seed=0, max_bad=0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moe_train", "prepare", str(bad), "--out", str(out), "--tokenizer", str(model)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stderr=writer, timeout=60)
+    os.close(writer)
+    assert done.returncode == 0 and IndexedReader(out).num_documents == 100
 
 
 @pytest.mark.parametrize("again", ["./raw/*.jsonl", "{folder}/raw", "raw/../raw"])
