@@ -120,7 +120,7 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
     lost = is_lost_connection(error)
     if isinstance(error, FencedError) or (lost and (rank > 0 or _is_said(folder, since))):
         return
-    if held_before(folder.path, since):
+    if held_before(folder.path, since) or (rank == 0 and taken_over(folder.path, since)):
         return
     text = "lost the connection to another rank, whose log may say why" if lost else _told(error)
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
@@ -173,6 +173,7 @@ def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopReque
 def _train_as_owner(
     run: RunConfig, topology, resume: str, changes: list, stop: StopRequest, since: str, fence: Fence | None
 ) -> int:
+    from moe_train.checkpoint.load import give_up_later
     from moe_train.checkpoint.save import Checkpointer
     from moe_train.training.agreement import check_agreement
     from moe_train.training.loop import train
@@ -193,6 +194,10 @@ def _train_as_owner(
     check_agreement(topology, {"the mixture": run.mixture.model_dump_json(), "the run file": run.to_yaml()})
     trainer = Trainer(run, topology, resume)
     check_agreement(topology, {"the ledger of what was fed": trainer.ledger.to_json()})
+    if fence:
+        fence.check()  # loading takes its time, and from here on files of the run are cut and set aside
+    if resume not in ("auto", "never"):
+        give_up_later(folder.checkpoints, trainer.resumed_from, topology)
     recorder = Recorder(trainer, changes, fence)
     if topology.rank == 0:
         stop.on_signal = lambda name: folder.event("signal", trainer.position.step, signal=name)

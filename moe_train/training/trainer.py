@@ -15,7 +15,6 @@ from moe_train.checkpoint.folder import read_run_state, step_of
 from moe_train.checkpoint.load import (
     check_same_model,
     find_checkpoint,
-    give_up_later,
     initialize_from,
     load_checkpoint,
 )
@@ -201,8 +200,6 @@ class Trainer:
             self.position = Position(self.previous_state["step"], self.previous_state["samples"])
             self.guard.restore(self.previous_state["faults"])
             self.coefficients.restore(self.previous_state.get("load_balancing_coefs", {}))
-            if resume != "auto":
-                give_up_later(self.folder.checkpoints, self.resumed_from, self.topology)
         elif self.config.checkpoint.initialize_from is not None:
             initialize_from(self.config.checkpoint.initialize_from, self.model, self.config.model, self.topology)
             self.optimizer.reload_main_parameters()

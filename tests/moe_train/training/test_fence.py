@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 
+from moe_train.errors import UserError
 from moe_train.training.fence import OWNER, Fence, FencedError, held_before, taken_over
+from moe_train.training.run import leave_outcome
 from moe_train.training.run_folder import RunFolder, now
 
 
@@ -94,6 +96,17 @@ def test_the_process_above_the_ranks_knows_whose_outcome_it_is(tmp_path) -> None
     assert taken_over(tmp_path, since)
     (tmp_path / OWNER).write_text(json.dumps({**owner, "started": "2000-01-01T00:00:00.000+00:00"}))
     assert not taken_over(tmp_path, since)  # of an earlier start: its own ranks did not get as far
+
+
+def test_an_error_of_a_start_that_was_overtaken_leaves_the_outcome_of_the_other(tmp_path) -> None:
+    folder, since = RunFolder(tmp_path), now()
+    Fence.take(tmp_path, {}).release()
+    owner = json.loads((tmp_path / OWNER).read_text())
+    (tmp_path / OWNER).write_text(json.dumps({**owner, "pid": 1}))
+    folder.start("")
+    folder.finish(0, "complete", 40)
+    leave_outcome(folder, UserError("the checkpoint to resume from is gone by now"), since)
+    assert folder.read_outcome()["code"] == 0
 
 
 def test_who_never_took_the_folder_knows_whether_somebody_is_at_work_there(tmp_path) -> None:
