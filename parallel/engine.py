@@ -49,7 +49,7 @@ _import_megatron()
 
 from parallel import cuda_settings  # noqa: E402
 from parallel.apex import find_apex  # noqa: E402
-from parallel.errors import EngineError  # noqa: E402
+from parallel.errors import EngineError, RendezvousError  # noqa: E402
 from parallel.layout import Layout  # noqa: E402
 from parallel.topology import Topology  # noqa: E402
 
@@ -216,6 +216,14 @@ def _join(timeout: timedelta) -> None:
     """Initialise torch.distributed from the environment, or alone without it."""
     backend = "nccl" if use_cuda() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise RendezvousError(
+                f"port {os.environ.get('MASTER_PORT')} of this host, where the ranks meet, is in use: start again, or "
+                "set MASTER_PORT to another one"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -63,3 +63,9 @@ class LostRankError(RuntimeError):
     """A rank died or stopped answering; the others were stopped."""
 
     exit_code = 5
+
+
+class RendezvousError(RuntimeError):
+    """The port at which the ranks are to meet is taken."""
+
+    exit_code = 5

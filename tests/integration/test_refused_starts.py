@@ -56,6 +56,18 @@ def test_a_rank_that_is_told_to_end_leaves_the_outcome_to_the_one_that_failed(tm
     assert outcome["code"] == 5 and outcome["reason"] == "rank 1: there is no web.bin on node7"
 
 
+def test_a_port_that_is_taken_is_named(tmp_path, monkeypatch) -> None:
+    runs.write_corpora(tmp_path)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, str(value))
+        code, said = runs.run(tmp_path, nproc=None)
+    outcome = RunFolder(tmp_path / "run").read_outcome()
+    assert code == 5 == outcome["code"] and f"port {port}" in outcome["reason"] and outcome["reason"] in said
+
+
 def test_a_rank_that_is_stopped_while_it_loads_stops_the_others(tmp_path) -> None:
     runs.write_corpora(tmp_path)
     folder = RunFolder(tmp_path / "run")
