@@ -10,6 +10,7 @@ from collections.abc import Callable
 from launch import controller
 from launch.journal import Journal
 from moe_train.errors import HardwareError, StoppedError, UserError
+from moe_train.training.fence import owner_of
 from moe_train.training.run_folder import RunFolder
 from parallel.spawn import REPEAT_SECONDS
 
@@ -34,6 +35,9 @@ def cancel(run_dir: str, *, now: bool = False, timeout: float = 1800.0) -> None:
         return
     if not live:
         print(f"no job of {run_dir} is waiting or running")
+        owner = owner_of(folder.path)
+        if owner and owner.may_be_alive() and not folder.read_outcome().get("ended"):  # its launcher was killed
+            print(f"{owner.describe()} may still be at work; touch {folder.stop_path} has it save and end")
         return
     journal.cancel_path.touch()  # the batch script starts nothing again from here on
     running = [job for job, state in live.items() if state in ("RUNNING", "SUSPENDED", "STOPPED")]

@@ -180,6 +180,10 @@ def test_what_is_no_folder_of_a_run_is_told_in_one_line(folder: Path, capsys) ->
 
 def test_nothing_to_cancel(folder: Path, tmp_path: Path, capsys) -> None:
     assert main(["launch", "cancel", str(folder)]) == 0
-    assert "no job of" in capsys.readouterr().out and not (folder / "stop").exists()
+    said = capsys.readouterr().out
+    assert "no job of" in said and "at work" not in said and not (folder / "stop").exists()
+    Fence.take(folder, {})  # by a process that lives, whose launcher does not
+    assert main(["launch", "cancel", str(folder)]) == 0
+    assert f"may still be at work; touch {folder}/stop has it save and end" in capsys.readouterr().out
     assert main(["launch", "cancel", str(tmp_path / "none")]) == 2
     assert "was not submitted by moe-train launch" in capsys.readouterr().err
