@@ -120,7 +120,7 @@ def leave_outcome(folder: RunFolder, error: BaseException, since: str, rank: int
     lost = is_lost_connection(error)
     if isinstance(error, FencedError) or (lost and (rank > 0 or _is_said(folder, since))):
         return
-    if held_before(folder.path, since) or (rank == 0 and taken_over(folder.path, since)):
+    if held_before(folder.path, since):
         return
     text = "lost the connection to another rank, whose log may say why" if lost else _told(error)
     folder.settle(exit_status(error), text if rank == 0 else f"rank {rank}: {text}", since)
@@ -167,7 +167,12 @@ def _train(run: RunConfig, topology, resume: str, changes: list, stop: StopReque
     with ExitStack() as at_the_end:
         if fence:
             at_the_end.callback(fence.release)
-        return _train_as_owner(run, topology, resume, changes, stop, since, fence)
+        try:
+            return _train_as_owner(run, topology, resume, changes, stop, since, fence)
+        except Exception:
+            if fence:
+                fence.check()  # whatever failed, the folder and its outcome may be another start's by now
+            raise
 
 
 def _train_as_owner(
