@@ -14,7 +14,8 @@ Shape = tuple[int, ...]
 def layer_weights(config: ModelConfig, layer: int) -> dict[str, Weight]:
     """Global name -> parameter of one layer (0-based), in the order of the forward pass."""
     norm = Weight((config.hidden_size,))
-    weights = {"depth_gate.weight": Weight((1, config.hidden_size))} if layer in config.gated_layers else {}
+    gated = config.depth is not None and config.depth.gates(layer)
+    weights = {"depth_gate.weight": Weight((1, config.hidden_size))} if gated else {}
     weights["attention_norm.weight"] = norm
     weights |= {f"attention.{name}": weight for name, weight in config.attention.weights(config).items()}
     weights["mlp_norm.weight"] = norm

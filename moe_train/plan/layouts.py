@@ -203,10 +203,10 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: Mea
     work = workload(config, shape)
     count = work.count(training.global_batch_size)
     largest = [0, 0]
-    first = None
+    first = ()
     for stage in sorted({0, shape.pipeline - 1}):
         buffers = shards.buffers(config.model, shape, stage, sharded)
-        first = first or buffers
+        first = buffers if stage == 0 else first
         owned = (0 if training.precision == "fp32" else 4) + (0 if config.optimizer.offload else 8)
         state = sum(b.size * (work.element + 4) + b.size // b.ranks * owned for b, _ in buffers)
         state += fp8_bytes(config.model, shape, stage, training.precision, sharded)
@@ -215,7 +215,7 @@ def evaluate(config: RunConfig, shape: Layout, hardware: Hardware, measured: Mea
         for index, worst in enumerate((False, True)):
             kept = stage_bytes(work, stage, count, training.recompute, worst) + dispatch_bytes(work, worst)
             largest[index] = max(largest[index], state + kept)
-    time = step_time(work, hardware, first or [], count, training.recompute, measured)
+    time = step_time(work, hardware, first, count, training.recompute, measured)
     rate = config.tokens_per_step / time.seconds / shape.world_size
     mfu = model_flops_utilisation(config.model, work.sequence_length, rate, hardware)
     return Candidate(config, shape, largest[0], largest[1], time, mfu, rate)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moe_train.model.config import ModelConfig
 from moe_train.model.flops import layer_weights
@@ -89,6 +90,7 @@ def chunk_parameters(
     return result
 
 
+@lru_cache(maxsize=16)
 def product_elements(model: ModelConfig, layout: Layout, stage: int, sharded_attention: bool = True) -> int:
     """Elements of a stage's weights that matrix products in FP8 take: of the layers, not of routers and gates."""
     return sum(
@@ -151,12 +153,14 @@ def lay_out(parameters: list[Parameter], ranks: int, bucket_size: int | None = N
     return Buffer(begin, ranks, tuple(spans), tuple(buckets))
 
 
+@lru_cache(maxsize=16)
 def buffers(
     model: ModelConfig, layout: Layout, stage: int, sharded_attention: bool = True, overlap: bool = False
-) -> list[tuple[Buffer, bool]]:
+) -> tuple[tuple[Buffer, bool], ...]:
     """(buffer, whether it holds experts) of every chunk on a stage.
 
-    With `overlap`, as on GPUs, the first chunk of the first stage is cut into buckets.
+    With `overlap`, as on GPUs, the first chunk of the first stage is cut into buckets. Remembered, as
+    `product_elements` is: neither micro-batches nor recomputation change it.
     """
     result = []
     for chunk in range(layout.virtual_pipeline or 1):
@@ -167,4 +171,4 @@ def buffers(
             if kind:
                 ranks = layout.expert_data if expert else layout.data
                 result.append((lay_out(kind, ranks, size), expert))
-    return result
+    return tuple(result)

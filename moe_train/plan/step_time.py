@@ -10,6 +10,7 @@ of the last micro-batch as far as it can; the gather of the weights and the upda
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_train.model.config import ModelConfig
@@ -95,7 +96,7 @@ _MLP_OVER_TENSOR_RANKS = {"mixture": lambda work: 0, "dense": _column_and_row}
 """By kind: elements that go through all tensor ranks for one layer of a micro-batch."""
 
 
-def reduced_bytes(buffers: list[tuple[Buffer, bool]]) -> tuple[float, float]:
+def reduced_bytes(buffers: Sequence[tuple[Buffer, bool]]) -> tuple[float, float]:
     """(gradients reduce-scattered in fp32, weights gathered in bf16): bytes one GPU sends in a step."""
     away = sum(buffer.size * (buffer.ranks - 1) / buffer.ranks for buffer, _ in buffers)
     return 4 * away, 2 * away
@@ -104,7 +105,7 @@ def reduced_bytes(buffers: list[tuple[Buffer, bool]]) -> tuple[float, float]:
 def step_time(
     work: Workload,
     hardware: Hardware,
-    buffers: list[tuple[Buffer, bool]],
+    buffers: Sequence[tuple[Buffer, bool]],
     micro_batches: int,
     recompute: str,
     measured: MeasuredStep | None = None,

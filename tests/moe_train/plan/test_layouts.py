@@ -58,6 +58,14 @@ def test_every_layout_is_tried() -> None:
     assert {layout[2] for layout in found if layout[1] == 2} == {None, 2}
 
 
+def test_the_parameters_of_a_layout_are_laid_out_once() -> None:
+    """Whatever the micro-batches and the recomputation: models of hundreds of layers have many of each."""
+    shards.buffers.cache_clear()
+    found = list(candidates(load_plan("demo", []), 4, load_hardware("h100")))
+    stages = {(c.layout, stage) for c in found for stage in (0, c.layout.pipeline - 1)}
+    assert shards.buffers.cache_info().misses == len(stages) < len(found)
+
+
 def test_memory_pressure_brings_recomputation(tmp_path: Path) -> None:
     config = load_plan("jetmoe_8b", ["training.global_batch_size=1024"])
     hardware = load_hardware("h100")
