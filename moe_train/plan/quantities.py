@@ -8,16 +8,21 @@ from data_pipeline.units import UNITS
 from moe_train.errors import UserError
 
 
-def positive(text: str | float | int, name: str) -> float:
-    """A positive number, with an optional K, M, B or T. Raises UserError, one line that names the option."""
+def number(text: str | float | int, name: str) -> float:
+    """A number, with an optional K, M, B or T. Raises UserError, one line that names the option."""
     written = str(text).strip()
     unit = written[-1:].upper() if written[-1:].upper() in UNITS and written[-1:].isalpha() else ""
     try:
-        value = float(written[: len(written) - len(unit)].replace("_", "")) * UNITS[unit]
+        return float(written[: len(written) - len(unit)].replace("_", "")) * UNITS[unit]
     except ValueError:
         raise UserError(f"{name} {written!r} is not a number; write for example 5.76e23, 8B or 1.25T") from None
+
+
+def positive(text: str | float | int, name: str) -> float:
+    """A `number` that is finite and more than 0."""
+    value = number(text, name)
     if not math.isfinite(value) or value <= 0:
-        raise UserError(f"{name} must be more than 0, not {written}")
+        raise UserError(f"{name} must be more than 0, not {str(text).strip()}")
     return value
 
 

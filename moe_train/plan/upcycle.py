@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moe_train.plan.quantities import part, positive
+from moe_train.plan.quantities import number, part, positive
 
 LEVEL = 2 / 3
 """Cost of the mixture over that of the dense model at which both ways were level."""
@@ -51,7 +51,7 @@ def advise(
         cost_ratio: GPU-hours of one token of the mixture over those of one token of the dense model.
         rate: the learning rate at which the dense checkpoint ended, as a part of its peak.
     """
-    there_is_one = str(dense_tokens).strip() not in ("0", "0.0")
+    there_is_one = number(dense_tokens, "--dense-tokens") != 0
     moe = positive(moe_tokens, "--moe-tokens")
     factor = positive(cost_ratio, "--cost-ratio")
     if rate is not None:

@@ -104,6 +104,11 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], expected: str,
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("nothing", ["0", "0.0", "0B", " 0"])
+def test_no_dense_model_is_none_in_any_unit(nothing: str) -> None:
+    assert advise(nothing, "1T")["choice"] == "scratch"
+
+
 @pytest.mark.parametrize(
     ("dense", "moe", "ratio", "choice"),
     [
