@@ -197,6 +197,8 @@ def _judged(url: str, error: Exception, tries: int) -> str:
     told = " ".join(str(error).split()) or name
     if "Credential" in name or "Profile" in name or "Token" in name or "SSO" in name or isinstance(error, ValueError):
         raise DataError(f"{url}: cannot be read ({told}); set AWS_PROFILE or the AWS_* variables") from None
+    if name in ("ParamValidationError", "EndpointResolutionError"):
+        raise DataError(f"{url}: cannot be read ({told}); check the path and AWS_ENDPOINT_URL") from None
     if isinstance(error, (TypeError, AttributeError, NameError, KeyError)):
         raise error  # a bug, which no try will mend
     return told

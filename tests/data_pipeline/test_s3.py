@@ -286,6 +286,18 @@ def test_mistakes(bucket, here: MixtureConfig, corpus: Path, web: str, part: str
     assert part in str(info.value) and "\n" not in str(info.value) and info.value.exit_code == 2
 
 
+@pytest.mark.parametrize(("address", "web"), [("ftp://x", "s3://data/c/web"), (None, "s3://No_bucket!/web")])
+def test_what_no_try_can_mend_is_told_at_once(
+    bucket, corpus: Path, new_client: None, monkeypatch: pytest.MonkeyPatch, address: str | None, web: str
+) -> None:
+    monkeypatch.setattr(s3, "OPENING_SECONDS", 0.2)
+    if address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(DataError, match="check the path and AWS_ENDPOINT_URL") as info:
+        open_sources(mixture(web, str(corpus / "raw"), corpus / "tok.model"))
+    assert info.value.exit_code == 2 and "\n" not in str(info.value)
+
+
 def test_no_credentials_and_no_s3fs(
     bucket, there: MixtureConfig, new_client: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
