@@ -63,7 +63,7 @@ def upcycle(
             stood: what comes out is resumed (``--resume``), not initialised from.
 
     Raises:
-        UserError: the checkpoint does not fit, or ``out`` exists.
+        UserError: the checkpoint does not fit, or ``out`` exists, or a layer is too large for the memory.
         DamagedError: the checkpoint is not what its manifest says.
     """
     source = _open(dense)
@@ -93,7 +93,12 @@ def upcycle(
         "seed": seed,
     }
     kept = {key: source.state[key] for key in KEPT_STATE if key in source.state} if keep_optimizer else {}
-    write_entries(out, config, entries, tensors, source.tokenizer, {**kept, "upcycled": origin})
+    try:
+        write_entries(out, config, entries, tensors, source.tokenizer, {**kept, "upcycled": origin})
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise UserError(f"--experts {experts}: the copies of one MLP are more than there is memory for") from None
     _report(source.config, config, str(out), noise or reinitialize, keep_optimizer)
     return 0
 

@@ -211,3 +211,9 @@ print(json.dumps(peak() - before))
     )
     layer = 4 * EXPERTS * 3 * HIDDEN * FFN
     assert json.loads(done.stdout.splitlines()[-1]) < 2 * layer < LAYERS * layer / 6
+
+
+def test_more_experts_than_memory_are_one_line(dense, tmp_path):
+    with pytest.raises(UserError, match="--experts 100000000000000: .* memory"):
+        upcycle(dense, tmp_path / "out", 10**14, 2)
+    assert not any(tmp_path.iterdir())
