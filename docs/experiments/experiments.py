@@ -13,6 +13,7 @@ slower than a run's first steps. A run that is complete is not run again. CORPOR
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -21,6 +22,13 @@ import time
 from pathlib import Path
 
 RUNS = Path(os.environ.get("RUNS", "build/experiments"))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What an experiment is asked to ``do``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("do", choices=["run", "report"], help="train, into RUNS; or write data.csv and figure.png")
+    return parser
 
 
 def run_all(runs: dict[str, list[str]], file: Path, tokens: int, order: int = 1234) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import lines, mean, read_csv, run_all, write_csv  # noqa: E402
+from experiments import command_line, lines, mean, read_csv, run_all, write_csv  # noqa: E402
 
 VARIANTS = {
     "none": ["model.router.load_balancing_coef=0.0"],
@@ -87,4 +87,4 @@ def draw(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    {"run": run, "report": report}[sys.argv[1]]()
+    {"run": run, "report": report}[command_line().parse_args().do]()

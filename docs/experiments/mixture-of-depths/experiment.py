@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import RUNS, lines, mean, read_csv, run_all, write_csv  # noqa: E402
+from experiments import RUNS, command_line, lines, mean, read_csv, run_all, write_csv  # noqa: E402
 
 SEEDS = (1, 2)
 TOKENS, MORE_TOKENS = 600 * 2048, 300 * 2048
@@ -117,4 +117,4 @@ def draw(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    {"run": run, "report": report}[sys.argv[1]]()
+    {"run": run, "report": report}[command_line().parse_args().do]()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import RUNS, fork, lines, mean, read_csv, run_all, write_csv  # noqa: E402
+from experiments import RUNS, command_line, fork, lines, mean, read_csv, run_all, write_csv  # noqa: E402
 
 SEEDS = (1, 2, 3)
 BATCH = 8 * 128
@@ -144,7 +144,10 @@ def draw(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
-        run([int(seed) for seed in sys.argv[2:]] or list(SEEDS))
+    parser = command_line()
+    parser.add_argument("seeds", metavar="SEED", type=int, nargs="*", default=SEEDS)
+    asked = parser.parse_args()
+    if asked.do == "run":
+        run(asked.seeds)
     else:
         report()
