@@ -10,9 +10,10 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,8 @@ class Encoder:
         self._processes: list[_Process] = []
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers)  # one waits for each process
+        self._interrupted = False
+        self._handler: Any = None
 
     def __enter__(self) -> Encoder:
         if self.workers > 1:
@@ -72,9 +75,22 @@ class Encoder:
             for _ in range(self.workers):
                 self._processes.append(_Process(context, self.settings))
                 self._idle.put(self._processes[-1])
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread():
+                self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """Ctrl-C ends the processes, whose blocks then fail: an exception amid what threads share would leave
+        it broken. A second one is raised at once."""
+        if self._interrupted:
+            signal.default_int_handler(number, frame)
+        self._interrupted = True
+        for process in self._processes:
+            process.end()
+
     def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -88,9 +104,16 @@ class Encoder:
         for block in _blocks(reader):
             waiting.append(self._threads.submit(self._encode_elsewhere, block))
             if len(waiting) > 3 * self.workers:
-                yield waiting.popleft().result()
+                yield self._result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield self._result(waiting.popleft())
+
+    def _result(self, future: Future[Block]) -> Block:
+        while not future.done():
+            wait([future], 0.5)  # a signal that comes just before it waits does not wake it
+        if self._interrupted:
+            raise KeyboardInterrupt
+        return future.result()
 
     def _encode_elsewhere(self, block: list[RawDocument]) -> Block:
         process = self._idle.get()
@@ -124,8 +147,11 @@ class _Process:
             raise error from RuntimeError(trace)
         return answer
 
-    def kill(self) -> None:
+    def end(self) -> None:
         self._process.kill()
+
+    def kill(self) -> None:
+        self.end()
         self._process.join()
 
 
