@@ -88,12 +88,14 @@ class Encoder:
         for process in self._processes:
             process.end()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
+        if self._interrupted and kind is None:  # when nothing was left to wait for
+            raise KeyboardInterrupt
 
     def encode(self, reader: Iterable[RawDocument]) -> Iterator[Block]:
         """The blocks of `reader`'s documents. Raises WorkerError when a process that encodes them is killed."""
