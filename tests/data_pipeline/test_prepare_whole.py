@@ -456,6 +456,25 @@ def test_an_interrupt_ends_workers_in_the_middle_of_a_document(
             os.kill(int(path.stem), 0)
 
 
+def test_an_interrupt_after_the_last_block_counts(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = spool.Spool.save
+
+    def interrupted(self: spool.Spool, complete: bool = False) -> None:
+        save(self, complete)
+        if complete:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(spool.Spool, "save", interrupted)
+    call = partial(prepare, folder / "raw", tmp_path / "out", folder / "tok.model", workers=2, progress=False)
+    process = multiprocessing.get_context("fork").Process(target=ends, args=(call,))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 130
+
+
 def test_a_disk_that_fills_up_loses_nothing(
     folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
